@@ -154,10 +154,10 @@ def test_resuming_computes_only_what_is_missing(cells, save_volume, tmp_path):
     output = create_volume(tmp_path / "out.zarr", volume.shape, 1, np.float32, (20, 10, 10), (8, 8, 8), kind="image")
     blocks = split_into_blocks(volume.shape, (8, 8, 8), (5, 3, 4))
     outputs = [Output(output, np.asarray)]
-    interrupted = map_blocks(Smoothing(), [volume], outputs, blocks, ledger=Ledger.open(tmp_path / "l", {}, (8, 8, 8)))
+    interrupted = map_blocks(Smoothing(), [volume], outputs, blocks, ledger=Ledger.open(tmp_path / "l", {}))
     first = [next(interrupted).index for _ in range(11)]
     interrupted.close()
-    ledger = Ledger.open(tmp_path / "l", {}, (8, 8, 8))
+    ledger = Ledger.open(tmp_path / "l", {})
     assert sorted(ledger.done) == first
     rest = list(map_blocks(Smoothing(), [volume], outputs, blocks, ledger=ledger))
     assert len(first) + len(rest) == len(receipts)
@@ -170,7 +170,7 @@ def test_a_failing_block_is_named_and_finished_ones_stay(save_volume, tmp_path, 
     volume = save_volume(image)
     output = create_volume(tmp_path / "out.zarr", volume.shape, 1, np.float32, (1, 1, 1), (8, 8, 8), kind="image")
     blocks = split_into_blocks(volume.shape, (8, 8, 8))
-    ledger = Ledger.open(tmp_path / "ledger", {}, (8, 8, 8))
+    ledger = Ledger.open(tmp_path / "ledger", {})
     step = FailingAt(corner=float(image[8, 8, 0]))
     with pytest.raises(BlockError, match=r"block 6 \(8:16,8:16,0:8\) failed: ArithmeticError: no such luck"):
         list(map_blocks(step, [volume], [Output(output, np.asarray)], blocks, executor, ledger))

@@ -49,7 +49,7 @@ def test_computed_boxes_are_aligned_and_hold_the_core(shape, core_shape, halo, a
 def test_blocks_of_two_regions_lie_on_one_grid():
     whole = {block.core.start for block in split_into_blocks((40, 40, 40), (16, 16, 16))}
     part = split_into_blocks((40, 40, 40), (16, 16, 16), region=Region((5, 16, 20), (40, 40, 40)))
-    assert [block.core.start for block in part][0] == (5, 16, 20)
+    assert part[0].core.start == (5, 16, 20)
     assert {block.core.start for block in part if min(block.core.start) % 16 == 0} & whole
 
 
@@ -61,7 +61,9 @@ def test_a_ragged_block_reads_on_to_the_next_aligned_voxel():
     assert block.core_in_computed == Region((0, 0, 0), (5, 7, 8))
 
 
-@pytest.mark.parametrize(("value", "multiple", "up", "down"), [(0, 4, 0, 0), (1, 4, 4, 0), (8, 4, 8, 8), (-1, 4, 0, -4)])
+@pytest.mark.parametrize(
+    ("value", "multiple", "up", "down"), [(0, 4, 0, 0), (1, 4, 4, 0), (8, 4, 8, 8), (-1, 4, 0, -4)]
+)
 def test_rounding(value, multiple, up, down):
     assert round_up(value, multiple) == up
     assert round_down(value, multiple) == down

@@ -25,6 +25,11 @@ class Executor(Protocol):
 
     n_workers: int
 
+    @property
+    def n_processes(self) -> int:
+        """Processes that hold caches and models of their own: 1 unless workers are processes."""
+        return 1
+
     def run(self, task: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield ``task(item)`` for every item, in the order of finishing."""
         ...
@@ -58,6 +63,11 @@ class ProcessExecutor(Executor):
     """Processes: for steps that hold the interpreter; each worker has its own copy of the model."""
 
     n_workers: int
+
+    @property
+    def n_processes(self) -> int:
+        """One per worker."""
+        return self.n_workers
 
     def run(self, task: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield results as they finish; the task is sent to each worker once, not with every item."""

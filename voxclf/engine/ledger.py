@@ -1,9 +1,9 @@
 """Which blocks are done: what makes a killed run resume where it stopped.
 
-A ledger is a folder beside the output with ``job.json`` (what is being computed, as a fingerprint) and
-``done.log``, one line per finished block: index, hash of the written voxels, and a checksum of the line. A line
-is appended only after the block's chunks are on disk, and a torn last line fails its checksum and is ignored,
-so that block is simply computed again. Only the process that runs the engine writes the log.
+A ledger is a folder beside the output with ``job.json`` (what is being computed, as a fingerprint), ``blocks.json``
+(how it is cut into blocks) and ``done.log``, one line per finished block: index, hash of the written voxels, and a
+checksum of the line. A line is appended only after the block's chunks are on disk, and a torn last line fails its
+checksum and is ignored, so that block is simply computed again. Only the process that runs the engine writes the log.
 """
 
 from __future__ import annotations
@@ -40,15 +40,11 @@ class Ledger:
     """The done-markers of one job. Open it with :meth:`open`."""
 
     folder: Path
-    core_shape: Zyx
     done: dict[int, str]
 
     @classmethod
-    def open(cls, folder: Path, job: Mapping[str, Any], core_shape: Zyx) -> Ledger:
+    def open(cls, folder: Path, job: Mapping[str, Any]) -> Ledger:
         """Open the ledger of a job, or start it.
-
-        ``core_shape`` is how a new job is cut into blocks. A resumed job keeps the cut it was started with
-        (``ledger.core_shape``), so it may go on with another memory budget or number of workers.
 
         Raises
         ------
@@ -56,7 +52,7 @@ class Ledger:
             If the folder holds the ledger of another job: the output there was made with other settings.
         """
         job_file = folder / "job.json"
-        wanted = {"fingerprint": fingerprint(job), "core_shape": core_shape, "job": job}
+        wanted = {"fingerprint": fingerprint(job), "job": job}
         if not job_file.exists():
             write_atomically(job_file, json.dumps(wanted, indent=2, default=str) + "\n")
         found = json.loads(job_file.read_text(encoding="utf-8"))
@@ -65,8 +61,18 @@ class Ledger:
                 f"{folder.parent} was written by another job ({_first_difference(found['job'], job)}); "
                 "use --overwrite to replace it, give another output folder, or repeat the old settings to resume"
             )
-        z, y, x = found["core_shape"]
-        return cls(folder, (z, y, x), _read_log(folder / "done.log"))
+        return cls(folder, _read_log(folder / "done.log"))
+
+    def keep_core_shape(self, wanted: Zyx) -> Zyx:
+        """Return how the job was cut into blocks when it began; ``wanted`` if it begins now.
+
+        So a resumed job may go on with another memory budget or number of workers.
+        """
+        path = self.folder / "blocks.json"
+        if not path.exists():
+            write_atomically(path, json.dumps({"core_shape": wanted}) + "\n")
+        z, y, x = json.loads(path.read_text(encoding="utf-8"))["core_shape"]
+        return z, y, x
 
     @property
     def _log(self) -> Path:

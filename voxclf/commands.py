@@ -1,0 +1,152 @@
+"""What each command does with its configuration, and what it says when done. The only file between CLI and library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxclf import config as cfg
+from voxclf.progress import Progress
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command tells its user: lines to read, and the same as values for ``--json``."""
+
+    lines: list[str]
+    values: dict[str, Any]
+
+
+def run_command(config: cfg.Config, progress: Progress) -> CommandResult:
+    """Run the command that a configuration belongs to."""
+    return _COMMANDS[type(config)](config, progress)
+
+
+def _info(config: cfg.InfoConfig, progress: Progress) -> CommandResult:
+    from voxclf.info import describe_volume
+
+    values = describe_volume(config)
+    width = max(map(len, values))
+    return CommandResult([f"{name:<{width}}  {_spell(value)}" for name, value in values.items()], values)
+
+
+def _models(config: cfg.ModelsConfig, progress: Progress) -> CommandResult:
+    from voxclf.models.registry import MODELS
+
+    lines = [f"{info.name:<24}{info.description}" for info in MODELS.values()]
+    return CommandResult(
+        lines, {info.name: {"description": info.description, **info.defaults} for info in MODELS.values()}
+    )
+
+
+def _features(config: cfg.FeaturesConfig, progress: Progress) -> CommandResult:
+    from voxclf.extract import write_features
+
+    result = write_features(config, progress)
+    names = list(result.volumes[0].channel_names)
+    cfg.save_config(config, Path(config.output).with_suffix(".config.toml"))
+    return CommandResult(
+        [f"features     {len(names)}: {', '.join(names)}", f"written to   {config.output}"],
+        {"output": config.output, "features": names},
+    )
+
+
+def _fit(config: cfg.FitConfig, progress: Progress) -> CommandResult:
+    from voxclf.fit import fit_model
+    from voxclf.summary import describe_cross_validation
+
+    result = fit_model(config, progress)
+    cfg.save_config(config, result.folder / "config.toml")
+    lines, values = describe_cross_validation(result)
+    return CommandResult(
+        [*lines, f"model        {result.folder}"], {"model": str(result.folder), **values, "seconds": result.seconds}
+    )
+
+
+def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
+    from voxclf.predict import predict_volume
+
+    result = predict_volume(config, progress)
+    cfg.save_config(config, result.folder / "config.toml")
+    paths = [volume.path for volume in result.job.volumes]
+    device = [] if result.device == "cpu" else [f"device       {result.device}: one block at a time; --workers ignored"]
+    resumed = f", {result.job.n_resumed} of them were there already" if result.job.n_resumed else ""
+    return CommandResult(
+        [
+            *(f"warning      {warning}" for warning in result.warnings),
+            *device,
+            f"blocks       {result.job.n_blocks}{resumed}",
+            *(f"written to   {path}" for path in paths),
+        ],
+        {"outputs": paths, "device": result.device, "n_blocks": result.job.n_blocks, "n_resumed": result.job.n_resumed},
+    )
+
+
+def _evaluate(config: cfg.EvaluateConfig, progress: Progress) -> CommandResult:
+    from voxclf.evaluate import evaluate
+    from voxclf.summary import describe_evaluation, report_evaluation
+
+    result = evaluate(config, progress)
+    lines, values = describe_evaluation(result)
+    if config.output:
+        folder = Path(config.output)
+        report_evaluation(result, config, folder)
+        cfg.save_config(config, folder / "config.toml")
+        lines = [*lines, f"report       {folder / 'report.html'}"]
+    return CommandResult(lines, values)
+
+
+def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
+    from voxclf.suggest import suggest_boxes
+    from voxclf.suggest_files import describe_suggestions, write_suggestions
+
+    result = suggest_boxes(config, progress)
+    paths = write_suggestions(result, config)
+    cfg.save_config(config, Path(config.output) / "config.toml")
+    lines, values = describe_suggestions(result)
+    return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
+
+
+def _run(config: cfg.RunConfig, progress: Progress) -> CommandResult:
+    from voxclf.workflow import run_all
+
+    result = run_all(config, progress)
+    return CommandResult(result.lines, result.values)
+
+
+def _convert(config: cfg.ConvertConfig, progress: Progress) -> CommandResult:
+    from voxclf.convert import convert_volume
+
+    convert_volume(config, progress)
+    return CommandResult([f"written to   {config.output}"], {"output": config.output})
+
+
+def _demo(config: cfg.DemoConfig, progress: Progress) -> CommandResult:
+    from voxclf.workflow import run_demo
+
+    result = run_demo(config, progress)
+    return CommandResult(result.lines, result.values)
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_spell(item)}" for key, item in value.items())
+    return str(value)
+
+
+_COMMANDS: dict[type[cfg.Config], Callable[[Any, Progress], CommandResult]] = {
+    cfg.InfoConfig: _info,
+    cfg.ModelsConfig: _models,
+    cfg.FeaturesConfig: _features,
+    cfg.FitConfig: _fit,
+    cfg.PredictConfig: _predict,
+    cfg.EvaluateConfig: _evaluate,
+    cfg.SuggestConfig: _suggest,
+    cfg.RunConfig: _run,
+    cfg.ConvertConfig: _convert,
+    cfg.DemoConfig: _demo,
+}

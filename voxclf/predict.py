@@ -1,0 +1,157 @@
+"""The corridor: from a volume and a model to probabilities and labels of every voxel.
+
+model = load_model(folder)                what was learned
+volume = open_volume(path)                lazily, any format
+run_job(make_step(model), [volume], …)    probabilities → labels, block by block, resumable; then pyramids
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from voxclf.config import PredictConfig
+from voxclf.engine.executors import ThreadExecutor, make_executor
+from voxclf.errors import ModelError
+from voxclf.geometry import Region
+from voxclf.jobs import BlockJob, JobResult, OutputSpec, check_finite, choose_region, run_job
+from voxclf.labels import LabelSet
+from voxclf.models.checkpoint import load_model, model_fingerprint
+from voxclf.models.devices import choose_device, make_step
+from voxclf.models.trees import TreeModel
+from voxclf.probabilities import ENCODERS, MostProbableClass
+from voxclf.progress import Progress, silent
+from voxclf.provenance import IntensityStatistics, describe_input, software_versions
+from voxclf.volume import Volume, open_volume
+
+VOXEL_SIZE_TOLERANCE = 0.05
+"""Relative difference of voxel sizes up to which a model is applied; measured sizes scatter by a few percent."""
+INTENSITY_WARNING_STD = 2.0
+GPU_THREADS = 2
+"""Blocks take turns on a GPU: one thread computes there while the other reads and writes."""
+LABELS, PROBABILITIES, LEDGER = "labels.zarr", "probabilities.zarr", "ledger"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What ``predict`` wrote, and where."""
+
+    folder: Path
+    label_set: LabelSet
+    region: Region
+    job: JobResult
+    warnings: tuple[str, ...]
+    device: str = "cpu"
+
+
+def predict_volume(config: PredictConfig, progress: Progress = silent) -> Prediction:
+    """Classify every voxel of a volume with a fitted model.
+
+    Interrupted at any moment, the same call finishes the rest, with output identical to an uninterrupted run (on a
+    GPU, or after a change of device, to 1e-5 of a probability). On a GPU blocks take turns, and ``executor`` and
+    ``workers`` do not apply.
+
+    Examples
+    --------
+    >>> predict_volume(PredictConfig(model="model", volume="volume.tif", output="OUT"))  # doctest: +SKIP
+
+    Raises
+    ------
+    ModelError
+        If the model is damaged or was trained at another voxel size.
+    OutputExistsError
+        If the output was written by another job and ``overwrite`` is not set.
+    ValueError
+        If the volume has several channels, the region is not inside it, or the device is not there.
+    BlockError
+        If a block failed, NaN in a float volume included; everything finished before it is kept, and the next
+        call goes on from there.
+    """
+    model = load_model(Path(config.model))
+    volume = open_volume(config.volume, config.voxel_size)
+    warnings = check_volume(model, volume)
+    region = choose_region(config.region, volume)
+    device = choose_device(model, config.device, region.n_voxels)
+    executor = make_executor(config.executor, config.workers)
+    check_finite(volume, executor, progress)
+    if device != "cpu":
+        executor = ThreadExecutor(GPU_THREADS)
+    folder = Path(config.output)
+    description = {
+        "job": "predict",
+        "model": model_fingerprint(Path(config.model)),
+        "input": describe_input(volume),
+        "region": str(region),
+        "probabilities": config.probabilities,
+    }
+    job = BlockJob(
+        step=make_step(model, device),
+        inputs=[volume],
+        outputs=describe_outputs(folder, model.label_set, config.probabilities),
+        ledger=folder / LEDGER,
+        description=description,
+        attributes={
+            "provenance": {**description, "model_name": model.name, "device": device, "versions": software_versions()},
+            **model.label_set.to_dict(),
+        },
+        region=region,
+        voxel_size_nm=volume.voxel_size_nm,
+    )
+    result = run_job(
+        job, executor, config.memory, overwrite=config.overwrite, pyramid=config.pyramid, progress=progress
+    )
+    return Prediction(folder, model.label_set, region, result, warnings, device)
+
+
+def check_volume(model: TreeModel, volume: Volume) -> tuple[str, ...]:
+    """Refuse a volume that the model cannot be applied to; return warnings where it looks unusual.
+
+    Raises
+    ------
+    ModelError
+        If the voxel size differs by more than 5 % along an axis.
+    ValueError
+        If the volume has more than one channel.
+    """
+    check_one_channel(volume)
+    ratios = np.array(volume.voxel_size_nm) / np.array(model.voxel_size_nm)
+    if np.abs(ratios - 1).max() > VOXEL_SIZE_TOLERANCE:
+        raise ModelError(
+            f"model was trained at voxel size {model.voxel_size_nm} nm, {volume.path} has {volume.voxel_size_nm} nm "
+            "(z, y, x); its filters would see other structures: fit a model on this volume, or correct --voxel-size "
+            "if the file states it wrongly"
+        )
+    distance = model.intensity.distance(IntensityStatistics.measure(volume))
+    if distance <= INTENSITY_WARNING_STD:
+        return ()
+    return (
+        f"intensities differ from the training volume's (the mean is {distance:.1f} of its standard deviations away); "
+        "the model may not fit this volume: look at the labels before you trust them",
+    )
+
+
+def check_one_channel(volume: Volume) -> None:
+    """Refuse volumes of several channels, which the filter bank does not read."""
+    if volume.n_channels != 1:
+        raise ValueError(
+            f"{volume.path} has {volume.n_channels} channels, one is allowed; save the channel of interest as a "
+            "volume of its own"
+        )
+
+
+def describe_outputs(folder: Path, label_set: LabelSet, storage: str) -> list[OutputSpec]:
+    """The volumes that a prediction writes: labels, and probabilities unless ``storage`` is "none"."""
+    labels = OutputSpec(folder / LABELS, "labels", 1, label_set.id_dtype, MostProbableClass(label_set))
+    if storage == "none":
+        return [labels]
+    probabilities = OutputSpec(
+        folder / PROBABILITIES,
+        "probabilities",
+        label_set.n_classes,
+        np.dtype(storage),
+        ENCODERS[storage],
+        label_set.names,
+    )
+    return [labels, probabilities]

@@ -1,0 +1,82 @@
+"""What a fit or an evaluation amounts to, in a few lines for the terminal and as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from voxclf.config import EvaluateConfig
+from voxclf.evaluate import Evaluation
+from voxclf.fit import FitResult
+from voxclf.metrics.scored import ScoredLabels
+from voxclf.metrics.voxelwise import finite_or_none
+from voxclf.provenance import software_versions
+from voxclf.report import Report, standard_figures, write_report
+
+SHOWN = ("macro_f1", "mean_iou", "macro_average_precision", "kappa", "accuracy")
+
+
+def format_scores(name: str, scored: ScoredLabels) -> str:
+    """One line of scores: macro F1 with its interval, then the others."""
+    interval = scored.intervals.get("macro_f1")
+    known = interval is not None and interval.low == interval.low
+    spread = f" [{interval.low:.3f}, {interval.high:.3f}]" if interval is not None and known else ""
+    values = scored.scores
+    return (
+        f"{name:<12} macro F1 {values.macro_f1:.3f}{spread}  mean IoU {values.mean_iou:.3f}  "
+        f"AP {values.macro_average_precision:.3f}  kappa {values.kappa:.3f}  accuracy {values.accuracy:.3f}"
+    )
+
+
+def score_values(scored: ScoredLabels) -> dict[str, Any]:
+    """The scores of :func:`format_scores` as values for ``--json``."""
+    shown: dict[str, Any] = {name: finite_or_none(getattr(scored.scores, name)) for name in SHOWN}
+    interval = scored.intervals.get("macro_f1")
+    ends = None if interval is None else [finite_or_none(interval.low), finite_or_none(interval.high)]
+    return {**shown, "macro_f1_interval": ends}
+
+
+def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, Any]]:
+    """The honest score and the naive one beside it."""
+    scores = result.cross_validation
+    lines = [
+        format_scores("honest", scores.honest),
+        format_scores("naive", scores.naive),
+        f"{'':<12} honest: {scores.honest.note}",
+    ]
+    return lines, {"honest": score_values(scores.honest), "naive": score_values(scores.naive)}
+
+
+def score_evaluation(result: Evaluation, note: str = "labels that were not trained on") -> ScoredLabels:
+    """Scores and intervals of an evaluation."""
+    return ScoredLabels.from_cells(result.tables, result.label_set.n_classes, note)
+
+
+def describe_evaluation(result: Evaluation) -> tuple[list[str], dict[str, Any]]:
+    """Overall scores and a line per class."""
+    scored = score_evaluation(result)
+    width = max(map(len, result.label_set.names))
+    scores = scored.scores
+    lines = [format_scores("held out", scored)]
+    for k, name in enumerate(result.label_set.names):
+        lines.append(
+            f"  {name:<{width}}  F1 {scores.f1[k]:.3f}  IoU {scores.iou[k]:.3f}  "
+            f"precision {scores.precision[k]:.3f}  recall {scores.recall[k]:.3f}  {int(scores.support[k]):,} voxels"
+        )
+    return lines, {"held_out": score_values(scored), "classes": scores.to_dict()}
+
+
+def report_evaluation(result: Evaluation, config: EvaluateConfig, folder: Path) -> Path:
+    """Write the report of an evaluation; returns the path of the page."""
+    scored = score_evaluation(result)
+    report = Report(
+        title="Evaluation",
+        model_name="",
+        labels=result.label_set,
+        held_out=scored,
+        inputs={"prediction": config.prediction, "labels": config.labels},
+        configuration=config.model_dump(mode="json", exclude_none=True),
+        versions=software_versions(),
+        figures=standard_figures(result.label_set, scored),
+    )
+    return write_report(report, folder)

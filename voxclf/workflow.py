@@ -1,0 +1,239 @@
+"""The main job in one call: check, fit, predict every voxel, score, report. ``voxclf run`` and ``voxclf demo``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxclf.config import DemoConfig, EvaluateConfig, PredictConfig, RunConfig, make_config, save_config
+from voxclf.datasets import make_phantom, write_phantom
+from voxclf.engine.executors import Executor, make_executor
+from voxclf.evaluate import Evaluation, evaluate
+from voxclf.figures import PlaneView, cut_planes
+from voxclf.fit import FitResult, check_model_folder, fit_on_labels, load_if_fitted
+from voxclf.geometry import Region, Zyx
+from voxclf.jobs import choose_region
+from voxclf.labels import LabelSet
+from voxclf.models.registry import check_model_name
+from voxclf.models.trees import TreeModel
+from voxclf.predict import LABELS, Prediction, predict_volume
+from voxclf.progress import Progress, silent
+from voxclf.provenance import describe_input, software_versions
+from voxclf.report import Report, standard_figures, write_report
+from voxclf.summary import describe_cross_validation, describe_evaluation, score_evaluation
+from voxclf.volume import Volume, open_labels, open_volume
+
+OVERLAY_SIDE = 320
+"""Longest side of the overlays in the report, voxels; the volumes themselves are for viewers."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What the whole job gave: the model, the prediction, the scores, and where the report is."""
+
+    fit: FitResult
+    prediction: Prediction
+    held_out: Evaluation | None
+    report: Path
+    lines: list[str]
+    values: dict[str, Any]
+
+
+def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
+    """Fit on the labels, predict every voxel, score and report, all into one folder.
+
+    Interrupted, the same call goes on where it stopped: a finished model is not fitted again, finished blocks
+    are not predicted again.
+
+    Raises
+    ------
+    ValueError, VoxclfError
+        As :func:`voxclf.fit.fit_model` and :func:`voxclf.predict.predict_volume`; inputs are checked first.
+    """
+    started = time.perf_counter()
+    check_model_name(config.model)
+    folder = Path(config.output)
+    volume = open_volume(config.volume, config.voxel_size)
+    labels = open_labels(config.labels, volume.shape)
+    validation = open_labels(config.validation, volume.shape) if config.validation else None
+    region = choose_region(config.region, volume)
+    executor = make_executor(config.executor, config.workers)
+
+    fit = _fit_or_load(volume, labels, config, folder / "model", executor, progress)
+    save_config(config, folder / "config.toml")
+    fitted = time.perf_counter()
+    prediction = predict_volume(_predict_config(config, folder), progress)
+    predicted = time.perf_counter()
+    held_out = None
+    if config.validation:
+        held_out = evaluate(_evaluate_config(config, folder), progress)
+    seconds = {
+        **(fit.seconds or {"fit (done earlier)": fitted - started}),
+        "predict": predicted - fitted,
+        "score": time.perf_counter() - predicted,
+    }
+    shown = validation or labels
+    report = _write_report(config, volume, shown, region, fit, prediction, held_out, seconds)
+    lines, values = describe_cross_validation(fit)
+    if held_out is not None:
+        more_lines, more_values = describe_evaluation(held_out)
+        lines, values = [*lines, *more_lines], {**values, **more_values}
+    lines += [f"warning      {warning}" for warning in prediction.warnings]
+    lines += [*(f"written to   {v.path}" for v in prediction.job.volumes), f"report       {report}"]
+    values |= {"report": str(report), "seconds": seconds}
+    return RunResult(fit, prediction, held_out, report, lines, values)
+
+
+def run_demo(config: DemoConfig, progress: Progress = silent) -> RunResult:
+    """Make the phantom, run the whole job on three labelled slices of it, and score against its full truth."""
+    folder = Path(config.output)
+    data = folder / "phantom"
+    if not (data / "truth.tif").exists() or config.overwrite:
+        write_phantom(data, make_phantom(config.size, seed=config.seed))
+    values = {
+        "volume": str(data / "volume.tif"),
+        "labels": str(data / "labels.toml"),
+        "validation": str(data / "truth.tif"),
+        "output": str(folder),
+        "model": config.model,
+        "seed": config.seed,
+        **_execution(config),
+    }
+    return run_all(make_config(RunConfig, values), progress)
+
+
+def _execution(config: RunConfig | DemoConfig) -> dict[str, Any]:
+    """How blocks are run; the same for every stage."""
+    return {
+        "workers": config.workers,
+        "executor": config.executor,
+        "memory": config.memory,
+        "overwrite": config.overwrite,
+    }
+
+
+def _fit_or_load(
+    volume: Volume, labels: Volume, config: RunConfig, folder: Path, executor: Executor, progress: Progress
+) -> FitResult:
+    if not config.overwrite:
+        earlier = load_if_fitted(folder, volume, labels, config)
+        if earlier is not None:
+            return earlier
+    check_model_folder(folder, config.overwrite)
+    return fit_on_labels(volume, labels, config, folder, executor, progress)
+
+
+def _predict_config(config: RunConfig, folder: Path) -> PredictConfig:
+    return make_config(
+        PredictConfig,
+        {
+            "model": str(folder / "model"),
+            "volume": config.volume,
+            "voxel_size": config.voxel_size,
+            "output": str(folder),
+            "probabilities": config.probabilities,
+            "region": config.region,
+            "pyramid": config.pyramid,
+            **_execution(config),
+        },
+    )
+
+
+def _evaluate_config(config: RunConfig, folder: Path) -> EvaluateConfig:
+    return make_config(
+        EvaluateConfig,
+        {
+            "prediction": str(folder),
+            "labels": config.validation,
+            "unlabelled": config.unlabelled,
+            "region": config.region,
+            "workers": config.workers,
+            "executor": config.executor,
+        },
+    )
+
+
+def _write_report(
+    config: RunConfig,
+    volume: Volume,
+    labels: Volume,
+    region: Region,
+    fit: FitResult,
+    prediction: Prediction,
+    held_out: Evaluation | None,
+    seconds: dict[str, float],
+) -> Path:
+    model = fit.model
+    label_set = model.label_set
+    counts = [fit.label_counts.get(i, 0) for i in label_set.ids]
+    importances = (
+        {}
+        if model.feature_importances is None
+        else dict(zip(model.feature_names, model.feature_importances.tolist(), strict=True))
+    )
+    scored = score_evaluation(held_out) if held_out else None
+    honest = fit.cross_validation.honest
+    report = Report(
+        title=f"{Path(config.volume).name}: {model.name.replace('_', ' ')}",
+        model_name=model.name,
+        labels=label_set,
+        held_out=scored,
+        honest=honest,
+        naive=fit.cross_validation.naive,
+        label_counts=counts,
+        importances=importances,
+        times_s=seconds,
+        inputs={"volume": describe_input(volume), "labels": config.labels, "validation": config.validation},
+        configuration={
+            **config.model_dump(mode="json", exclude_none=True),
+            "features": list(model.feature_names),
+            "hyperparameters": model.hyperparameters,
+        },
+        versions=software_versions(),
+        warnings=prediction.warnings,
+        figures=standard_figures(
+            label_set, scored or honest, counts, importances, _overlays(volume, labels, model, region, config)
+        ),
+    )
+    return write_report(report, Path(config.output))
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A corner of a volume that reads its part when indexed, as the figures expect of an array."""
+
+    volume: Volume
+    region: Region
+    label_set: LabelSet | None = None
+
+    @property
+    def shape(self) -> Zyx:
+        return self.region.shape
+
+    def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+        start = tuple(r + s.start for r, s in zip(self.region.start, box, strict=True))
+        stop = tuple(r + s.stop for r, s in zip(self.region.start, box, strict=True))
+        array = self.volume.read(start, stop)[0]
+        return array if self.label_set is None else self.label_set.remap_to_indices(array)
+
+
+def _overlays(
+    volume: Volume, labels: Volume, model: TreeModel, region: Region, config: RunConfig
+) -> tuple[PlaneView, ...]:
+    """Three planes through the model's example voxel, near enough to see membranes."""
+    label_set, example = model.label_set, model.training["example"]
+    predicted = open_volume(Path(config.output) / LABELS, kind="labels")
+    z, y, x = (min(max(c, a), b - 1) - a for c, a, b in zip(example, region.start, region.stop, strict=True))
+    window_nm = OVERLAY_SIDE * min(volume.voxel_size_nm)
+    return cut_planes(
+        _Window(volume, region),
+        _Window(labels, region, label_set),
+        _Window(predicted, region, label_set),
+        volume.voxel_size_nm,
+        (z, y, x),
+        window_nm,
+    )
