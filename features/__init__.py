@@ -1,0 +1,1 @@
+"""Filter bank: a block of grey values in, features per voxel out; knows arrays and sigmas only."""
