@@ -1,0 +1,1 @@
+"""Models: each file holds one model, or one idea that serves several, as features in and probabilities out."""
