@@ -33,11 +33,11 @@ def _info(config: cfg.InfoConfig, progress: Progress) -> CommandResult:
 
 
 def _models(config: cfg.ModelsConfig, progress: Progress) -> CommandResult:
-    from voxclf.models.registry import MODELS
+    from voxclf.models.registry import TREE_MODELS
 
-    lines = [f"{info.name:<24}{info.description}" for info in MODELS.values()]
+    lines = [f"{info.name:<24}{info.description}" for info in TREE_MODELS.values()]
     return CommandResult(
-        lines, {info.name: {"description": info.description, **info.defaults} for info in MODELS.values()}
+        lines, {info.name: {"description": info.description, **info.defaults} for info in TREE_MODELS.values()}
     )
 
 
