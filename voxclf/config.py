@@ -41,7 +41,7 @@ def parse_memory(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0)]
 VoxelSizeNm = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_numbers)]
 Lengths = Annotated[tuple[Positive, ...], BeforeValidator(parse_numbers)]
-MemoryBytes = Annotated[int, BeforeValidator(parse_memory), Field(ge=50_000_000)]
+MemoryBytes = Annotated[int, BeforeValidator(parse_memory), Field(ge=80_000_000)]
 BankName = Literal["multiscale", "edges", "intensity"]
 VoxelCounts = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(parse_numbers)]
 Balance = Literal["sqrt", "equal", "labelled"]
@@ -146,6 +146,12 @@ class FitOptions(BankOptions):
     max_depth: int | None = Field(None, ge=1, description="longest path of a tree; default: the model's own")
     min_samples_leaf: int | None = Field(
         None, ge=1, description="fewest training voxels in a leaf; default: the model's own"
+    )
+    autocontext: int = Field(
+        1, ge=1, le=4, description="rounds: 2 lets a second model see the first one's probabilities around each voxel"
+    )
+    calibrate: bool = Field(
+        False, description="correct the probabilities with what the held-out slabs show; labels may change too"
     )
     folds: int = Field(5, ge=2, le=20, description="slabs of the spatial cross-validation")
     seed: int = Field(0, ge=0, description="seed of everything random")

@@ -1,6 +1,7 @@
 """From a volume and labels to a fitted model with an honest score.
 
-    survey_labels → draw_rows (one pass over the boxes that hold labels) → cross-validate → fit on all → save
+    survey_labels → draw_rows (one pass over the boxes that hold labels) → cross-validate → fit on all
+    → with autocontext: predict out of fold → draw_rows again, context included → … → save
 
 The honest score comes from slabs of the volume held out in turn, a halo away from anything trained on. The
 naive one, from voxels held out at random, is reported beside it to show how far it misleads.
@@ -8,10 +9,12 @@ naive one, from voxels held out at random, is reported beside it to show how far
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +24,14 @@ from voxclf.engine.executors import Executor, make_executor
 from voxclf.engine.ledger import fingerprint
 from voxclf.engine.transfer import read_block
 from voxclf.errors import OutputExistsError
+from voxclf.feature_stack import FeatureStack, make_context_bank
 from voxclf.geometry import Region, VoxelSize, Zyx, make_block
 from voxclf.jobs import check_finite
 from voxclf.labels import LabelSet, load_label_set, parse_classes
-from voxclf.metrics.cells import CellGrid, CellTables
-from voxclf.metrics.scored import ScoredLabels
-from voxclf.metrics.voxelwise import score_block
+from voxclf.metrics.calibration import CalibrationMap, fit_calibration
 from voxclf.models.checkpoint import load_model, save_model
 from voxclf.models.registry import check_model_name
-from voxclf.models.trees import TreeModel
+from voxclf.models.trees import Classifier, TreeModel
 from voxclf.progress import Progress, last, silent
 from voxclf.provenance import IntensityStatistics, describe_input, software_versions, timestamp
 from voxclf.sampling import (
@@ -39,39 +41,19 @@ from voxclf.sampling import (
     SlabSplit,
     draw_rows,
     join_rows,
-    random_folds,
     row_weights,
     split_into_slabs,
     survey_labels,
     target_shares,
 )
+from voxclf.training.autocontext import keep_predicted, predict_out_of_fold
+from voxclf.training.cross_validation import CrossValidation, cross_validate
 from voxclf.training.fit_trees import FittedModel, fit_tree_model
 from voxclf.volume import Volume, open_labels, open_volume
 
 N_EVALUATION = 200_000
 """Labelled voxels drawn to score on: macro F1 of a class with 1 % of them is then known to about 0.01."""
 GOLDEN_CORE = 8
-
-
-@dataclass(frozen=True)
-class CrossValidation:
-    """Scores of models on labels they were not trained on, as additive tables.
-
-    ``honest`` comes from held-out slabs, with intervals; ``naive`` from voxels held out at random.
-    """
-
-    honest: ScoredLabels
-    naive: ScoredLabels
-
-    def save(self, folder: Path) -> None:
-        """Keep the scores beside the model they belong to."""
-        self.honest.save(folder / "scores_honest.json")
-        self.naive.save(folder / "scores_naive.json")
-
-    @classmethod
-    def load(cls, folder: Path) -> CrossValidation:
-        """Read the scores of a saved model."""
-        return cls(ScoredLabels.load(folder / "scores_honest.json"), ScoredLabels.load(folder / "scores_naive.json"))
 
 
 @dataclass(frozen=True)
@@ -133,75 +115,175 @@ def fit_on_labels(
     """As :func:`fit_model`, with the volumes already open."""
     watch = _Stopwatch()
     check_finite(volume, executor, progress)
-    survey = last(
-        progress("survey labels", survey_labels(labels, options.unlabelled, executor), labels_total(labels), "voxel")
-    ).total
+    surveyed = survey_labels(labels, options.unlabelled, executor)
+    survey = last(progress("survey labels", surveyed, math.prod(labels.shape), "voxel")).total
     label_set = resolve_label_set(labels, survey, options)
-    label_set.check_counts([survey.counts.get(i, 0) for i in label_set.ids])
-    bank = make_bank(options, volume.voxel_size_nm)
+    counts = [survey.counts.get(i, 0) for i in label_set.ids]
+    label_set.check_counts(counts)
     watch.lap("survey labels")
+    trainer = _Trainer(volume, labels, survey, label_set, options, executor, progress, watch)
+    rounds = trainer.fit_rounds(folder)
 
-    drawn = draw_rows(
-        volume,
-        labels,
-        survey,
-        bank,
-        label_set,
-        n_training=options.samples,
-        n_evaluation=N_EVALUATION,
-        balance=options.balance,
-        seed=options.seed,
-        executor=executor,
-    )
-    n_boxed = sum(box.region.n_voxels for box in survey.boxes)
-    rows = join_rows(last(progress("features", drawn, n_boxed, "voxel")).total)
-    watch.lap("features")
-
-    halo = bank.halo(volume.voxel_size_nm)
-    shares = target_shares(np.array([survey.counts.get(i, 0) for i in label_set.ids]), options.balance)
-    fit = _Fitter(options, shares, executor.n_workers)
-    split = split_into_slabs(rows.evaluation.positions, options.folds, halo)
-    validation = cross_validate(fit, rows, split, label_set.n_classes, options.seed, progress)
-    watch.lap("cross-validation")
-    fitted = last(progress("fit", iter([fit(rows.training)]), 1, "model"))
-    watch.lap("fit")
-
+    last_round = rounds[-1]
     example = choose_example(labels, survey, options.unlabelled)
     model = TreeModel(
         name=options.model,
-        bank=bank,
-        classifier=fitted.model,
+        bank=last_round.stack.bank,
+        classifiers=tuple(r.fitted.model for r in rounds),
         label_set=label_set,
         voxel_size_nm=volume.voxel_size_nm,
         intensity=IntensityStatistics.measure(volume),
-        hyperparameters=fitted.hyperparameters,
-        feature_importances=fitted.feature_importances,
+        hyperparameters=last_round.fitted.hyperparameters,
+        context=last_round.stack.context,
+        calibration=_calibrate(last_round.scores) if options.calibrate else None,
+        feature_importances=last_round.fitted.feature_importances,
         training={
             "volume": describe_input(volume),
             "labels": describe_input(labels),
-            "options": options.model_dump(mode="json", include=set(FitOptions.model_fields)),
+            "options": _asked(options),
             "job": _fit_fingerprint(volume, labels, options),
-            "n_training_voxels": rows.training.n_rows,
+            "n_training_voxels": last_round.n_training,
+            "honest_macro_f1_by_round": [r.scores.honest.scores.macro_f1 for r in rounds],
             "label_counts": survey.counts,
             "example": example,
             "versions": software_versions(),
             "finished": timestamp(),
         },
     )
-    golden = read_golden_patch(volume, example, halo)
-    save_model(model, golden, folder, fitted.native)
-    validation.save(folder)
-    return FitResult(model, folder, survey.counts, validation, watch.seconds)
+    save_model(model, read_golden_patch(volume, example, model.step().halo), folder, last_round.fitted.native)
+    last_round.scores.save(folder)
+    return FitResult(model, folder, survey.counts, last_round.scores, watch.seconds)
 
 
-def labels_total(labels: Volume) -> int:
-    """Voxels that a survey of these labels reads, for its progress."""
-    return int(np.prod(labels.shape))
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._started
+        self._started = now
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One round of autocontext, or the only round without it."""
+
+    stack: FeatureStack
+    fitted: FittedModel
+    scores: CrossValidation
+    n_training: int
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Draws rows, cross-validates and fits, round after round."""
+
+    volume: Volume
+    labels: Volume
+    survey: LabelSurvey
+    label_set: LabelSet
+    options: FitOptions
+    executor: Executor
+    progress: Progress
+    watch: _Stopwatch
+
+    def fit_rounds(self, folder: Path) -> list[_Round]:
+        """Fit as many rounds as asked for; probabilities between rounds stand beside ``folder`` meanwhile."""
+        bank = make_bank(self.options, self.volume.voxel_size_nm)
+        stack = FeatureStack(bank, self.volume.voxel_size_nm)
+        inputs = [self.volume]
+        rows = self._draw(inputs, stack)
+        split = split_into_slabs(rows.evaluation.positions, self.options.folds, stack.halo)
+        done, models = self._fit_round(rows, stack, split)
+        rounds = [done]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".autocontext-", dir=folder.parent) as scratch:
+            for index in range(1, self.options.autocontext):
+                context = make_context_bank(bank, self.volume.voxel_size_nm)
+                out_of_fold = predict_out_of_fold(
+                    inputs,
+                    stack,
+                    models,
+                    split,
+                    self.survey,
+                    self.label_set,
+                    context.halo(self.volume.voxel_size_nm),
+                    Path(scratch) / f"round_{index}.zarr",
+                    self.executor,
+                    self.progress,
+                )
+                self.watch.lap(f"out of fold {index}")
+                inputs = [self.volume, out_of_fold]
+                stack = FeatureStack(bank, self.volume.voxel_size_nm, context, self.label_set.names)
+                rows = keep_predicted(self._draw(inputs, stack), split, models)
+                done, models = self._fit_round(rows, stack, split)
+                rounds.append(done)
+        return rounds
+
+    def _draw(self, inputs: list[Volume], stack: FeatureStack) -> DrawnRows:
+        drawn = draw_rows(
+            inputs,
+            self.labels,
+            self.survey,
+            stack,
+            self.label_set,
+            n_training=self.options.samples,
+            n_evaluation=N_EVALUATION,
+            balance=self.options.balance,
+            seed=self.options.seed,
+            executor=self.executor,
+        )
+        n_boxed = sum(box.region.n_voxels for box in self.survey.boxes)
+        rows = join_rows(last(self.progress("features", drawn, n_boxed, "voxel")).total)
+        self.watch.lap("features")
+        return rows
+
+    def _fit_round(
+        self, rows: DrawnRows, stack: FeatureStack, split: SlabSplit
+    ) -> tuple[_Round, dict[int, Classifier]]:
+        n_classes = self.label_set.n_classes
+        scores, models = cross_validate(
+            lambda part: self._fit(part).model, rows, split, n_classes, self.options.seed, self.progress
+        )
+        self.watch.lap("cross-validation")
+        fitted = last(self.progress("fit", (self._fit(part) for part in (rows.training,)), 1, "model"))
+        self.watch.lap("fit")
+        return _Round(stack, fitted, scores, rows.training.n_rows), models
+
+    def _fit(self, rows: Rows) -> FittedModel:
+        options = self.options
+        totals = np.array([self.survey.counts.get(i, 0) for i in self.label_set.ids])
+        # The mixture is unsupervised: it takes the rows as they are.
+        is_weighted = options.model != "gaussian_mixture"
+        return fit_tree_model(
+            options.model,
+            rows.features.T,
+            rows.classes,
+            self.label_set.n_classes,
+            seed=options.seed,
+            n_jobs=self.executor.n_workers,
+            n_trees=options.trees,
+            max_depth=options.max_depth,
+            min_samples_leaf=options.min_samples_leaf,
+            sample_weight=row_weights(rows.classes, target_shares(totals, options.balance)) if is_weighted else None,
+        )
+
+
+def _calibrate(scores: CrossValidation) -> CalibrationMap:
+    assert scores.honest.tables is not None
+    return fit_calibration(scores.honest.tables)
+
+
+def _asked(options: FitOptions) -> dict[str, Any]:
+    """The options that decide a model, as values for JSON."""
+    return options.model_dump(mode="json", include=set(FitOptions.model_fields))
 
 
 def _fit_fingerprint(volume: Volume, labels: Volume, options: FitOptions) -> str:
-    asked = options.model_dump(mode="json", include=set(FitOptions.model_fields))
-    return fingerprint({"volume": describe_input(volume), "labels": describe_input(labels), "options": asked})
+    inputs = {"volume": describe_input(volume), "labels": describe_input(labels)}
+    return fingerprint({**inputs, "options": _asked(options)})
 
 
 def load_if_fitted(folder: Path, volume: Volume, labels: Volume, options: FitOptions) -> FitResult | None:
@@ -218,11 +300,9 @@ def load_if_fitted(folder: Path, volume: Volume, labels: Volume, options: FitOpt
 def make_bank(options: BankOptions, voxel_size_nm: VoxelSize) -> FilterBank:
     """Build the filter bank that was asked for; what was left open follows from the voxel size."""
     bank = FilterBank.default(options.bank, voxel_size_nm)
-    return FilterBank(
-        options.bank,
-        options.dimensions or bank.dimensions,
-        options.sigmas if options.sigmas is not None else bank.sigmas_nm,
-    )
+    if options.dimensions is not None:
+        bank = FilterBank.with_defaults(options.bank, options.dimensions, voxel_size_nm)
+    return bank if options.sigmas is None else replace(bank, sigmas_nm=options.sigmas)
 
 
 def resolve_label_set(labels: Volume, survey: LabelSurvey, options: FitOptions) -> LabelSet:
@@ -261,79 +341,6 @@ class _Fitter:
         )
 
 
-def cross_validate(
-    fit: Callable[[Rows], FittedModel],
-    rows: DrawnRows,
-    split: SlabSplit,
-    n_classes: int,
-    seed: int,
-    progress: Progress = silent,
-) -> CrossValidation:
-    """Score on held-out slabs, each a halo away from what was trained on, and once on voxels held out at random."""
-    tasks = [_hold_out_slab(rows, split, fold) for fold in range(split.n_folds)]
-    naive_task = _hold_out_at_random(rows, split.n_folds, seed)
-    grid = _bootstrap_grid(rows.evaluation.positions, split)
-
-    def score() -> Iterator[tuple[bool, CellTables]]:
-        for is_honest, (train, test) in [*((True, task) for task in tasks), (False, naive_task)]:
-            if not train.any() or not test.any() or len(np.unique(rows.training.classes[train])) < 2:
-                continue
-            model = fit(rows.training.take(train)).model
-            held_out = rows.evaluation.take(test)
-            probabilities = model.predict_probabilities(held_out.features)
-            yield is_honest, _score_cells(held_out, probabilities, grid)
-
-    honest, naive, n_slabs = CellTables(), CellTables(), 0
-    for is_honest, tables in progress("cross-validation", score(), len(tasks) + 1, "model"):
-        if is_honest:
-            honest, n_slabs = honest + tables, n_slabs + 1
-        else:
-            naive = naive + tables
-    if not honest.by_cell:
-        raise ValueError(
-            "labels are too unevenly placed to hold out slabs: no slab left two classes to train on; label several "
-            "places, or use fewer --folds"
-        )
-    kept = np.mean([train.mean() for train, _ in tasks])
-    note = (
-        f"{n_slabs} slabs along {'zyx'[split.axis]}, training voxels at least {split.gap} voxels away from each, which "
-        f"left {kept:.0%} of them to train on; {honest.total(n_classes).n_voxels:,} labelled voxels scored"
-    )
-    return CrossValidation(
-        ScoredLabels.from_cells(honest, n_classes, note, seed),
-        ScoredLabels.from_tables(naive.total(n_classes), f"one in {split.n_folds} labelled voxels held out at random"),
-    )
-
-
-def _score_cells(rows: Rows, probabilities: np.ndarray, grid: CellGrid) -> CellTables:
-    cell_of = grid.number(rows.positions)
-    return CellTables(
-        {
-            int(cell): score_block(
-                rows.classes[cell_of == cell], probabilities[:, cell_of == cell], None, len(probabilities)
-            )
-            for cell in np.unique(cell_of)
-        }
-    )
-
-
-def _bootstrap_grid(positions: np.ndarray, split: SlabSplit) -> CellGrid:
-    start, stop = positions.min(axis=0), positions.max(axis=0) + 1
-    # A cell is longer than a filter reaches, so that voxels of different cells share little.
-    least = split.gap + 1
-    return CellGrid.over(Region(tuple(start.tolist()), tuple(stop.tolist())), (1, least, least))
-
-
-def _hold_out_slab(rows: DrawnRows, split: SlabSplit, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    train = split.may_train(rows.training.positions, fold)
-    return train, split.fold_of(rows.evaluation.positions) == fold
-
-
-def _hold_out_at_random(rows: DrawnRows, n_folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    train = random_folds(rows.training.positions, n_folds, seed) != 0
-    return train, random_folds(rows.evaluation.positions, n_folds, seed) == 0
-
-
 def choose_example(labels: Volume, survey: LabelSurvey, unlabelled: int) -> Zyx:
     """A voxel to show a model's work at: where the labelled planes of the most varied box cross."""
     box = max(survey.boxes, key=lambda candidate: (len(candidate.counts), candidate.n_labelled)).region
@@ -350,14 +357,3 @@ def read_golden_patch(volume: Volume, example: Zyx, halo: Zyx) -> np.ndarray:
     z0, y0, x0 = (max(0, c - GOLDEN_CORE // 2) for c in example)
     z1, y1, x1 = (min(s + GOLDEN_CORE, n) for s, n in zip((z0, y0, x0), volume.shape, strict=True))
     return read_block(volume, make_block(0, Region((z0, y0, x0), (z1, y1, x1)), halo))
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._started
-        self._started = now

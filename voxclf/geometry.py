@@ -189,6 +189,47 @@ class BlockGrid(Sequence[Block]):
         return (self[i] for i in range(len(self)))
 
 
+@dataclass(frozen=True)
+class SelectedBlocks(Sequence[Block]):
+    """Some blocks of a grid, with their indices in it."""
+
+    grid: BlockGrid
+    indices: tuple[int, ...]
+
+    @property
+    def core_shape(self) -> Zyx:
+        """Of the grid's blocks."""
+        return self.grid.core_shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Block]: ...
+    def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
+        if isinstance(index, slice):
+            return [self.grid[i] for i in self.indices[index]]
+        return self.grid[self.indices[index]]
+
+
+def select_blocks(grid: BlockGrid, boxes: Sequence[Region]) -> SelectedBlocks:
+    """Select the blocks whose core meets any of the boxes; costs as many steps as blocks are found."""
+    found: set[int] = set()
+    _, n_y, n_x = grid.counts
+    for box in boxes:
+        inside = box.intersect(grid.region)
+        if not inside.n_voxels:
+            continue
+        z, y, x = (
+            range(a // c - f, -(-b // c) - f)
+            for a, b, c, f in zip(inside.start, inside.stop, grid.core_shape, grid.first, strict=True)
+        )
+        found.update((i * n_y + j) * n_x + k for i in z for j in y for k in x)
+    return SelectedBlocks(grid, tuple(sorted(found)))
+
+
 def split_into_blocks(
     shape: Zyx,
     core_shape: Zyx,

@@ -7,7 +7,8 @@ run_job(make_step(model), [volume], …)    probabilities → labels, block by b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import numpy as np
 from voxclf.config import PredictConfig
 from voxclf.engine.executors import ThreadExecutor, make_executor
 from voxclf.errors import ModelError
-from voxclf.geometry import Region
+from voxclf.geometry import ORIGIN, Region, add
 from voxclf.jobs import BlockJob, JobResult, OutputSpec, check_finite, choose_region, run_job
 from voxclf.labels import LabelSet
 from voxclf.models.checkpoint import load_model, model_fingerprint
-from voxclf.models.devices import choose_device, make_step
+from voxclf.models.devices import Device, choose_device, make_step
 from voxclf.models.trees import TreeModel
-from voxclf.probabilities import ENCODERS, MostProbableClass
+from voxclf.probabilities import ENCODERS, MostProbableClass, quantise
 from voxclf.progress import Progress, silent
 from voxclf.provenance import IntensityStatistics, describe_input, software_versions
 from voxclf.volume import Volume, open_volume
@@ -31,7 +32,7 @@ VOXEL_SIZE_TOLERANCE = 0.05
 INTENSITY_WARNING_STD = 2.0
 GPU_THREADS = 2
 """Blocks take turns on a GPU: one thread computes there while the other reads and writes."""
-LABELS, PROBABILITIES, LEDGER = "labels.zarr", "probabilities.zarr", "ledger"
+LABELS, PROBABILITIES, LEDGER, ROUNDS = "labels.zarr", "probabilities.zarr", "ledger", "rounds"
 
 
 @dataclass(frozen=True)
@@ -79,30 +80,62 @@ def predict_volume(config: PredictConfig, progress: Progress = silent) -> Predic
     if device != "cpu":
         executor = ThreadExecutor(GPU_THREADS)
     folder = Path(config.output)
-    description = {
-        "job": "predict",
-        "model": model_fingerprint(Path(config.model)),
-        "input": describe_input(volume),
-        "region": str(region),
-        "probabilities": config.probabilities,
-    }
-    job = BlockJob(
-        step=make_step(model, device),
-        inputs=[volume],
-        outputs=describe_outputs(folder, model.label_set, config.probabilities),
-        ledger=folder / LEDGER,
-        description=description,
-        attributes={
-            "provenance": {**description, "model_name": model.name, "device": device, "versions": software_versions()},
-            **model.label_set.to_dict(),
-        },
-        region=region,
-        voxel_size_nm=volume.voxel_size_nm,
-    )
-    result = run_job(
-        job, executor, config.memory, overwrite=config.overwrite, pyramid=config.pyramid, progress=progress
-    )
+    inputs = [volume]
+    for job in _plan_rounds(model, volume, region, config, device):
+        is_last = job.description["round"] == model.n_rounds
+        pyramid = config.pyramid and is_last
+        job = replace(job, inputs=inputs)
+        result = run_job(job, executor, config.memory, overwrite=config.overwrite, pyramid=pyramid, progress=progress)
+        inputs = [volume, result.volumes[0]]
     return Prediction(folder, model.label_set, region, result, warnings, device)
+
+
+def _plan_rounds(
+    model: TreeModel, volume: Volume, region: Region, config: PredictConfig, device: Device
+) -> Iterator[BlockJob]:
+    """One job per round of autocontext; all but the last write the probabilities that the next one reads."""
+    folder = Path(config.output)
+    for index in range(model.n_rounds):
+        is_last = index == model.n_rounds - 1
+        description = {
+            "job": "predict" if is_last else f"round {index + 1}",
+            "round": index + 1,
+            "model": model_fingerprint(Path(config.model)),
+            "input": describe_input(volume),
+            "region": str(region),
+            "probabilities": config.probabilities,
+        }
+        # A later round looks around each voxel, so earlier ones reach further than the region asked for.
+        reach = model.step().halo if not is_last else ORIGIN
+        for _ in range(model.n_rounds - 2 - index):
+            reach = add(reach, model.step().halo)
+        rounds = folder / ROUNDS
+        between = OutputSpec(
+            rounds / f"round_{index + 1}.zarr",
+            "probabilities",
+            model.label_set.n_classes,
+            np.dtype(np.uint8),
+            quantise,
+            model.label_set.names,
+        )
+        yield BlockJob(
+            step=make_step(model, device, round_index=index),
+            inputs=[],
+            outputs=describe_outputs(folder, model.label_set, config.probabilities) if is_last else [between],
+            ledger=folder / LEDGER if is_last else rounds / f"round_{index + 1}.ledger",
+            description=description,
+            attributes={
+                "provenance": {
+                    **description,
+                    "model_name": model.name,
+                    "device": device,
+                    "versions": software_versions(),
+                },
+                **model.label_set.to_dict(),
+            },
+            region=region.grow(reach).intersect(Region(ORIGIN, volume.shape)),
+            voxel_size_nm=volume.voxel_size_nm,
+        )
 
 
 def check_volume(model: TreeModel, volume: Volume) -> tuple[str, ...]:

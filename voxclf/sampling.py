@@ -8,15 +8,15 @@ space: neighbouring voxels look alike, so a random split would test a model on w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from features.bank import FilterBank
 from voxclf.config import Balance
 from voxclf.engine.executors import Executor
 from voxclf.engine.run import Partial, fold_blocks
-from voxclf.geometry import Block, Region, Zyx, add, make_block, split_into_blocks
+from voxclf.feature_stack import FeatureStack
+from voxclf.geometry import Block, Region, Zyx, add, make_block, select_blocks, split_into_blocks
 from voxclf.labels import LabelSet
 from voxclf.volume import Volume
 
@@ -91,12 +91,8 @@ def survey_labels(labels: Volume, unlabelled: int, executor: Executor | None = N
     blocks: Sequence[Block] = grid
     if labels.labelled_boxes is not None:
         # A slice listing knows its slices, so the empty rest of a 10^12-voxel volume is not visited.
-        blocks = [block for block in grid if _meets_any(block.core, labels.labelled_boxes)]
+        blocks = select_blocks(grid, labels.labelled_boxes)
     return fold_blocks(SurveyFold(unlabelled), [labels], blocks, executor)
-
-
-def _meets_any(region: Region, boxes: Sequence[Region]) -> bool:
-    return any(region.intersect(box).n_voxels for box in boxes)
 
 
 @dataclass(frozen=True)
@@ -158,20 +154,17 @@ class DrawnRows:
 class DrawFold:
     """Takes the planned number of voxels of each class from one box and computes their features."""
 
-    bank: FilterBank
-    voxel_size_nm: tuple[float, float, float]
+    stack: FeatureStack
     label_set: LabelSet
     quotas: Mapping[int, tuple[np.ndarray, int]]
     seed: int
-    halo: Zyx = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "halo", self.bank.halo(self.voxel_size_nm))
-
-    def __call__(self, block: Block, image: np.ndarray, labels: np.ndarray) -> _DrawnBlocks:
-        """Draw from one box; ``image`` and ``labels`` are (1, Z + 2h, Y + 2h, X + 2h)."""
+    def __call__(
+        self, block: Block, labels: np.ndarray, image: np.ndarray, probabilities: np.ndarray | None = None
+    ) -> _DrawnBlocks:
+        """Draw from one box; the arrays are (C, Z + 2h, Y + 2h, X + 2h)."""
         per_class, n_evaluation = self.quotas[block.index]
-        z, y, x = (slice(h, n - h) for h, n in zip(self.halo, labels.shape[1:], strict=True))
+        z, y, x = (slice(h, n - h) for h, n in zip(block.halo, labels.shape[1:], strict=True))
         classes = self.label_set.remap_to_indices(labels[0, z, y, x])
         rng = np.random.default_rng([self.seed, block.index])
         flat = classes.ravel()
@@ -179,7 +172,7 @@ class DrawFold:
         evaluation = _choose(np.flatnonzero(flat >= 0), n_evaluation, rng)
         if not len(training) and not len(evaluation):
             return _DrawnBlocks((), ())
-        table = self.bank.compute(image[0], self.voxel_size_nm).reshape(self.bank.n_features, -1)
+        table = self.stack.compute(image[0], probabilities).reshape(self.stack.n_features, -1)
         return _DrawnBlocks(
             (self._rows(table, flat, training, classes.shape, block),),
             (self._rows(table, flat, evaluation, classes.shape, block),),
@@ -199,10 +192,10 @@ def _choose(candidates: np.ndarray, n: int, rng: np.random.Generator) -> np.ndar
 
 
 def draw_rows(
-    volume: Volume,
+    inputs: Sequence[Volume],
     labels: Volume,
     survey: LabelSurvey,
-    bank: FilterBank,
+    stack: FeatureStack,
     label_set: LabelSet,
     *,
     n_training: int,
@@ -218,6 +211,8 @@ def draw_rows(
 
     Parameters
     ----------
+    inputs : sequence of Volume
+        What the stack reads: the image and, with a context, probabilities.
     n_training : int
         Budget of rows to train on, divided among the classes as ``balance`` says, as far as a class has voxels.
     n_evaluation : int
@@ -230,16 +225,14 @@ def draw_rows(
     training = np.stack([_spread(counts[:, k], int(n), rng) for k, n in enumerate(wanted)], axis=1)
     evaluation = _spread(counts.sum(axis=1), n_evaluation, rng)
     fold = DrawFold(
-        bank,
-        volume.voxel_size_nm,
+        stack,
         label_set,
         {i: (training[i], int(evaluation[i])) for i in range(len(survey.boxes))},
         seed,
     )
-    blocks = [
-        make_block(i, box.region, fold.halo) for i, box in enumerate(survey.boxes) if training[i].any() or evaluation[i]
-    ]
-    return fold_blocks(fold, [volume, labels], blocks, executor)
+    drawn_from = np.flatnonzero(training.any(axis=1) | (evaluation > 0)).tolist()
+    blocks = [make_block(i, survey.boxes[i].region, stack.halo) for i in drawn_from]
+    return fold_blocks(fold, [labels, *inputs], blocks, executor)
 
 
 def join_rows(drawn: _DrawnBlocks) -> DrawnRows:

@@ -138,6 +138,7 @@ def _predict_config(config: RunConfig, folder: Path) -> PredictConfig:
             "probabilities": config.probabilities,
             "region": config.region,
             "pyramid": config.pyramid,
+            "device": config.device,
             **_execution(config),
         },
     )

@@ -164,7 +164,7 @@ def test_an_interrupted_run_does_not_fit_again(project, tmp_path):
 
 def start_predicting(volume, model, out):
     command = [sys.executable, "-m", "voxclf.cli", "predict", str(model), str(volume), "-o", str(out),
-               "--voxel-size", "20,10,10", "--memory", "50MB", "--workers", "2"]  # fmt: skip
+               "--voxel-size", "20,10,10", "--memory", "80MB", "--workers", "2"]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from features.bank import FilterBank
 from voxclf.engine.executors import SerialExecutor, ThreadExecutor
+from voxclf.feature_stack import FeatureStack
 from voxclf.labels import LabelSet
 from voxclf.progress import last
 from voxclf.sampling import (
@@ -27,7 +28,9 @@ def draw(image, labels, **options):
     survey = last(survey_labels(labels, 0)).total
     options = {"n_training": 300, "n_evaluation": 500, "balance": "equal", "seed": 3, **options}
     label_set = LabelSet.from_ids(survey.counts)
-    return join_rows(last(draw_rows(image, labels, survey, BANK, label_set, **options)).total), survey
+    return join_rows(
+        last(draw_rows([image], labels, survey, FeatureStack(BANK, (20, 10, 10)), label_set, **options)).total
+    ), survey
 
 
 def test_the_survey_counts_every_label_once(save_volume, cells, sparse_labels):

@@ -19,7 +19,7 @@ from voxclf.engine.ledger import Ledger
 from voxclf.engine.step import Step
 from voxclf.engine.transfer import check_write_grid, crop_to_core, find_nonfinite, read_block, write_core
 from voxclf.errors import BlockError
-from voxclf.geometry import Block, BlockGrid, Zyx
+from voxclf.geometry import Block, BlockGrid, SelectedBlocks, Zyx
 from voxclf.progress import last
 from voxclf.volume import Volume
 
@@ -67,7 +67,7 @@ def map_blocks(
     step: Step,
     inputs: Sequence[Volume],
     outputs: Sequence[Output],
-    blocks: BlockGrid,
+    blocks: BlockGrid | SelectedBlocks,
     executor: Executor | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Receipt]:
@@ -88,7 +88,9 @@ def map_blocks(
     return _run_recorded(task, blocks, executor or SerialExecutor(), ledger)
 
 
-def _run_recorded(task: _MapTask, blocks: BlockGrid, executor: Executor, ledger: Ledger | None) -> Iterator[Receipt]:
+def _run_recorded(
+    task: _MapTask, blocks: Sequence[Block], executor: Executor, ledger: Ledger | None
+) -> Iterator[Receipt]:
     done = ledger.done if ledger else {}
     todo = (block for block in blocks if block.index not in done)
     for receipt in executor.run(task, todo):

@@ -5,14 +5,17 @@ The feature volume is never written anywhere; it exists for one block at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from features.bank import FilterBank
+from voxclf.feature_stack import FeatureStack
 from voxclf.geometry import UNIT, VoxelSize, Zyx, add
 from voxclf.labels import LabelSet
+from voxclf.metrics.calibration import CalibrationMap
 from voxclf.provenance import IntensityStatistics
 
 
@@ -43,9 +46,10 @@ class TreeModel:
     name : str
         Kind of model, as ``voxclf models`` lists it.
     bank : FilterBank
-        The features it was trained on.
-    classifier : Classifier
-        Packed trees or Gaussian mixture.
+        The features of the image it was trained on.
+    classifiers : tuple of Classifier
+        Packed trees or Gaussian mixture, one per round: the first reads the image's features, each further one also
+        the probabilities of the round before (autocontext).
     label_set : LabelSet
         Class index k of the probabilities is ``label_set.ids[k]``.
     voxel_size_nm : (z, y, x)
@@ -54,43 +58,67 @@ class TreeModel:
         Of the volume it was trained on.
     hyperparameters, training : dict
         What was asked for, and where the labels came from; JSON-able.
+    context : FilterBank, optional
+        The filters of probabilities that rounds after the first read.
+    calibration : CalibrationMap, optional
+        Corrects the probabilities of the last round.
     feature_importances : ndarray of float, shape (F,), optional
-        Share of each feature in the decisions.
+        Share of each feature in the decisions of the last round.
     """
 
     name: str
     bank: FilterBank
-    classifier: Classifier
+    classifiers: tuple[Classifier, ...]
     label_set: LabelSet
     voxel_size_nm: VoxelSize
     intensity: IntensityStatistics
     hyperparameters: dict[str, Any]
+    context: FilterBank | None = None
+    calibration: CalibrationMap | None = None
     feature_importances: np.ndarray | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the features at the model's voxel size."""
-        return self.bank.names(self.voxel_size_nm)
+    def n_rounds(self) -> int:
+        """1, or more with autocontext."""
+        return len(self.classifiers)
 
-    def step(self) -> TreePredictor:
-        """The step that predicts blocks of a volume."""
-        return TreePredictor(self.bank, self.classifier, self.voxel_size_nm)
+    @property
+    def classifier(self) -> Classifier:
+        """The classifier of the last round."""
+        return self.classifiers[-1]
+
+    def stack(self, round_index: int) -> FeatureStack:
+        """The features that a round reads, 0 being the first."""
+        if round_index == 0:
+            return FeatureStack(self.bank, self.voxel_size_nm)
+        return FeatureStack(self.bank, self.voxel_size_nm, self.context, self.label_set.names)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the features of the last round."""
+        return self.stack(self.n_rounds - 1).names
+
+    def step(self, round_index: int | None = None) -> TreePredictor:
+        """The step that predicts blocks in one round, the last by default; 0 is the first."""
+        index = self.n_rounds - 1 if round_index is None else round_index
+        is_last = index == self.n_rounds - 1
+        return TreePredictor(self.stack(index), self.classifiers[index], self.calibration if is_last else None)
 
 
 @dataclass(frozen=True)
 class TreePredictor:
-    """The step of a tree model: image block in, probabilities out, features only in between."""
+    """The step of a tree model: image block (and probabilities of the round before) in, probabilities out."""
 
-    bank: FilterBank
+    stack: FeatureStack
     classifier: Classifier
-    voxel_size_nm: VoxelSize
+    calibration: CalibrationMap | None = None
     alignment: Zyx = UNIT
 
     @property
     def halo(self) -> Zyx:
         """The reach of the widest filter."""
-        return self.bank.halo(self.voxel_size_nm)
+        return self.stack.halo
 
     @property
     def out_channels(self) -> int:
@@ -99,13 +127,15 @@ class TreePredictor:
 
     def working_bytes(self, core_shape: Zyx) -> int:
         """Features and probabilities of the core, and a few float32 copies of what is read."""
-        read = int(np.prod(add(core_shape, add(self.halo, self.halo))))
-        n_floats = (self.bank.n_features + 2 * self.out_channels) * int(np.prod(core_shape)) + 5 * read
-        return 4 * n_floats
+        read = math.prod(add(core_shape, add(self.halo, self.halo)))
+        per_voxel = self.stack.n_features + 2 * self.out_channels
+        return 4 * (per_voxel * math.prod(core_shape) + 3 * read)
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        """Classify a block: (1, Z + 2h, Y + 2h, X + 2h) to (K, Z, Y, X) float32, summing to 1 over K."""
-        (image,) = arrays
-        features = self.bank.compute(image[0], self.voxel_size_nm)
-        probabilities = self.classifier.predict_probabilities(features.reshape(len(features), -1))
-        return probabilities.reshape(-1, *features.shape[1:])
+        """Classify a block: (1, Z + 2h, …) and, with a context, (K, Z + 2h, …) to (K, Z, Y, X), summing to 1 over K."""
+        image, *probabilities = arrays
+        features = self.stack.compute(image[0], *probabilities)
+        found = self.classifier.predict_probabilities(features.reshape(len(features), -1))
+        if self.calibration is not None:
+            found = self.calibration.apply(found)
+        return found.reshape(-1, *features.shape[1:])

@@ -1,5 +1,6 @@
 """The device step on CPU tensors gives what the compiled step gives; the device is chosen without importing torch."""
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
 from features.bank import FilterBank
 from tests.conftest import VOXEL_SIZE_NM, draw_cells
 from voxclf import cli, predict
+from voxclf.feature_stack import FeatureStack
 from voxclf.labels import LabelSet
+from voxclf.metrics.calibration import CalibrationMap
 from voxclf.models import devices
 from voxclf.models.checkpoint import save_model
 from voxclf.models.devices import choose_device, make_step
@@ -43,14 +46,19 @@ def make_model(bank, classifier=None):
     forest = PackedForest.from_sklearn(classifier.fit(rows, labels.ravel().astype(int) - 1), n_classes=3)
     statistics = IntensityStatistics(float(image.mean()), float(image.std()), 0, 255)
     return TreeModel(
-        "random_forest", bank, forest, LabelSet.from_ids([1, 2, 3]), VOXEL_SIZE_NM, statistics, hyperparameters={}
+        "random_forest", bank, (forest,), LabelSet.from_ids([1, 2, 3]), VOXEL_SIZE_NM, statistics, hyperparameters={}
     )
 
 
-def torch_step(model, **options):
-    from voxclf.models.trees_torch import TorchTreePredictor
+def trees_torch():
+    from voxclf.models import trees_torch
 
-    return TorchTreePredictor(model.bank, model.classifier, model.voxel_size_nm, "cpu", **options)
+    return trees_torch
+
+
+def torch_step(model, **options):
+    step = model.step()
+    return trees_torch().TorchTreePredictor(step.stack, step.classifier, "cpu", step.calibration, **options)
 
 
 def block_for(step, core=(5, 13, 17), dtype=np.uint8, seed=3):
@@ -88,6 +96,24 @@ def test_boosting_in_float64_equals_the_compiled_step():
     assert_same_probabilities(ours(image), model.step()(image))
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_round_with_context_and_calibration_equals_the_compiled_step(dimensions):
+    bank = FilterBank("edges", dimensions)
+    context = FilterBank("multiscale", dimensions, (10.0, 20.0), ("gaussian",), neighbours=dimensions == 2)
+    stack = FeatureStack(bank, VOXEL_SIZE_NM, context, ("a", "b", "c"))
+    rng = np.random.default_rng(4)
+    rows = rng.uniform(0, 255, (600, stack.n_features)).astype(np.float32)
+    classes = np.digitize(rows[:, 0] + rows[:, -1], (180, 320))
+    forest = PackedForest.from_sklearn(RandomForestClassifier(9, random_state=0).fit(rows, classes))
+    curves = np.sort(rng.uniform(size=(3, 11)), axis=1).astype(np.float32)
+    theirs = TreePredictor(stack, forest, CalibrationMap(curves))
+    ours = trees_torch().TorchTreePredictor(stack, forest, "cpu", CalibrationMap(curves))
+    ours = dataclasses.replace(ours, part_bytes=ours.device_bytes((3, 7, 9)))
+    image = block_for(theirs)
+    probabilities = rng.integers(0, 256, (3, *image.shape[1:])).astype(np.uint8)
+    assert_same_probabilities(ours(image, probabilities), theirs(image, probabilities))
+
+
 @pytest.mark.parametrize("bank", BANKS[:3], ids=lambda bank: f"{bank.kind}_{bank.dimensions}d")
 def test_parts_that_fit_the_device_equal_the_whole_block(bank):
     model = make_model(bank)
@@ -120,7 +146,7 @@ def test_threads_take_turns():
 
 def test_host_memory_grows_with_what_is_read_and_written():
     step = torch_step(make_model(FilterBank("edges", 3)))
-    assert step.working_bytes((8, 8, 8)) == 8 * 10**3 + 8 * 3 * 8**3
+    assert step.working_bytes((8, 8, 8)) == 8 * 10**3 + 12 * 3 * 8**3
 
 
 def test_a_volume_is_predicted_on_the_device_through_the_engine(save_volume, tmp_path, monkeypatch, capsys):
@@ -132,7 +158,7 @@ def test_a_volume_is_predicted_on_the_device_through_the_engine(save_volume, tmp
     assert "device" not in capsys.readouterr().out
     # Stands in for a GPU: the same step, executor and outputs, with tensors on the CPU.
     monkeypatch.setattr(predict, "choose_device", lambda model, device, n_voxels: "cuda")
-    monkeypatch.setattr(predict, "make_step", lambda model, device: torch_step(model, part_bytes=2_000_000))
+    monkeypatch.setattr(predict, "make_step", lambda model, *_, **__: torch_step(model, part_bytes=2_000_000))
     assert cli.main([*command, str(tmp_path / "device")]) == 0
     assert "device       cuda: one block at a time" in capsys.readouterr().out
     found, expected = (
@@ -211,7 +237,7 @@ def test_models_that_do_not_run_on_a_gpu_are_named(large_model, monkeypatch):
     assert choose_device(make_model(BANKS[0]), "mps") == "mps"
     mixture = GaussianMixture(np.ones((2, 1, 1)), np.zeros((2, 1)), np.zeros(2), np.array([0, 1], np.int32), 2)
     other = TreeModel(
-        "gaussian_mixture", BANKS[3], mixture, LabelSet.from_ids([1, 2]), VOXEL_SIZE_NM, large_model.intensity, {}
+        "gaussian_mixture", BANKS[3], (mixture,), LabelSet.from_ids([1, 2]), VOXEL_SIZE_NM, large_model.intensity, {}
     )
     with pytest.raises(ValueError, match="gaussian_mixture is not made of trees and runs on cpu only"):
         choose_device(other, "cuda")

@@ -1,0 +1,133 @@
+"""What a model is worth on voxels it was not trained on: scores from held-out slabs, and the naive one beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from voxclf.geometry import Region
+from voxclf.metrics.cells import CellGrid, CellTables
+from voxclf.metrics.scored import ScoredLabels
+from voxclf.metrics.voxelwise import score_block
+from voxclf.models.trees import Classifier
+from voxclf.progress import Progress, silent
+from voxclf.sampling import DrawnRows, Rows, SlabSplit, random_folds
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Scores of models on labels they were not trained on.
+
+    ``honest`` comes from held-out slabs, with intervals; ``naive`` from voxels held out at random.
+    """
+
+    honest: ScoredLabels
+    naive: ScoredLabels
+
+    def save(self, folder: Path) -> None:
+        """Keep the scores beside the model they belong to."""
+        self.honest.save(folder / "scores_honest.json")
+        self.naive.save(folder / "scores_naive.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> CrossValidation:
+        """Read the scores of a saved model."""
+        return cls(ScoredLabels.load(folder / "scores_honest.json"), ScoredLabels.load(folder / "scores_naive.json"))
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One model to fit and score; ``slab`` is None for the naive split."""
+
+    slab: int | None
+    train: np.ndarray
+    test: np.ndarray
+
+
+def cross_validate(
+    fit: Callable[[Rows], Classifier],
+    rows: DrawnRows,
+    split: SlabSplit,
+    n_classes: int,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[CrossValidation, dict[int, Classifier]]:
+    """Score on held-out slabs, each a halo away from what was trained on, and once on voxels held out at random.
+
+    Returns
+    -------
+    CrossValidation
+        The scores.
+    dict of int to Classifier
+        The model that was trained without each slab. A slab that leaves fewer than two classes to train on has none.
+
+    Raises
+    ------
+    ValueError
+        If no slab could be held out.
+    """
+    folds = [*_hold_out_slabs(rows, split), _hold_out_at_random(rows, split.n_folds, seed)]
+    usable = [fold for fold in folds if fold.test.any() and len(np.unique(rows.training.classes[fold.train])) > 1]
+    grid = _bootstrap_grid(rows.evaluation.positions, split)
+
+    def score() -> Iterator[tuple[_Fold, Classifier, CellTables]]:
+        for fold in usable:
+            model = fit(rows.training.take(fold.train))
+            held_out = rows.evaluation.take(fold.test)
+            yield fold, model, _score_cells(held_out, model.predict_probabilities(held_out.features), grid)
+
+    honest, naive, models = CellTables(), CellTables(), {}
+    for fold, model, tables in progress("cross-validation", score(), len(usable), "model"):
+        if fold.slab is None:
+            naive = naive + tables
+        else:
+            honest, models[fold.slab] = honest + tables, model
+    if not models:
+        raise ValueError(
+            "labels are too unevenly placed to hold out slabs: no slab left two classes to train on; label several "
+            "places, or use fewer --folds"
+        )
+    kept = np.mean([fold.train.mean() for fold in usable if fold.slab is not None])
+    note = (
+        f"{len(models)} slabs along {'zyx'[split.axis]}, training voxels at least {split.gap} voxels away from each, "
+        f"which left {kept:.0%} of them to train on; {honest.total(n_classes).n_voxels:,} labelled voxels scored"
+    )
+    naive_note = f"one in {split.n_folds} labelled voxels held out at random"
+    scores = CrossValidation(
+        ScoredLabels.from_cells(honest, n_classes, note, seed),
+        ScoredLabels.from_tables(naive.total(n_classes), naive_note),
+    )
+    return scores, models
+
+
+def _hold_out_slabs(rows: DrawnRows, split: SlabSplit) -> Iterator[_Fold]:
+    slab_of = split.fold_of(rows.evaluation.positions)
+    for slab in range(split.n_folds):
+        yield _Fold(slab, split.may_train(rows.training.positions, slab), slab_of == slab)
+
+
+def _hold_out_at_random(rows: DrawnRows, n_folds: int, seed: int) -> _Fold:
+    train = random_folds(rows.training.positions, n_folds, seed) != 0
+    return _Fold(None, train, random_folds(rows.evaluation.positions, n_folds, seed) == 0)
+
+
+def _score_cells(rows: Rows, probabilities: np.ndarray, grid: CellGrid) -> CellTables:
+    cell_of = grid.number(rows.positions)
+    return CellTables(
+        {
+            int(cell): score_block(
+                rows.classes[cell_of == cell], probabilities[:, cell_of == cell], None, len(probabilities)
+            )
+            for cell in np.unique(cell_of)
+        }
+    )
+
+
+def _bootstrap_grid(positions: np.ndarray, split: SlabSplit) -> CellGrid:
+    start, stop = positions.min(axis=0), positions.max(axis=0) + 1
+    # A cell is longer than a filter reaches, so that voxels of different cells share little.
+    least = split.gap + 1
+    return CellGrid.over(Region(tuple(start.tolist()), tuple(stop.tolist())), (1, least, least))
