@@ -1,51 +1,20 @@
 """File to report on a small volume, as a user runs it: every stage, resumed runs, and every kind of bad input."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 
-from tests.conftest import draw_cells
-from voxclf import cli
+from tests.corridor.conftest import SHAPE, SMALL, run
 from voxclf.models.checkpoint import load_model
 from voxclf.volume import create_volume, open_volume
-
-SHAPE = (24, 44, 50)
-SMALL = ["--bank", "edges", "--trees", "8", "--max-depth", "6", "--folds", "3"]
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A folder with image, sparse labels and truth as TIFF, and a model fitted on them."""
-    folder = tmp_path_factory.mktemp("project")
-    image, dense = draw_cells(SHAPE, seed=5)
-    sparse = np.zeros_like(dense)
-    sparse[12], sparse[:, 20], sparse[:, :, 25] = dense[12], dense[:, 20], dense[:, :, 25]
-    for name, array in (("image", image), ("labels", sparse), ("truth", dense)):
-        tifffile.imwrite(folder / f"{name}.tif", array, imagej=True, metadata={"axes": "ZYX"})
-    assert run(folder, "fit", "image.tif", "labels.tif", "-o", "model", *SMALL) == 0
-    return folder
-
-
-def run(folder, *arguments):
-    """Run a command with paths relative to a folder; returns its exit code."""
-    before = Path.cwd()
-    os.chdir(folder)
-    needs_size = arguments[0] in {"fit", "predict", "run", "features", "convert"} and "--voxel-size" not in arguments
-    try:
-        return cli.main([*map(str, arguments), *(["--voxel-size", "20,10,10"] if needs_size else [])])
-    finally:
-        os.chdir(before)
-
 
 def read(path):
     volume = open_volume(path, kind="labels" if "labels" in str(path) else "image")

@@ -16,6 +16,10 @@ from voxclf.models.trees import Classifier
 from voxclf.progress import Progress, silent
 from voxclf.sampling import DrawnRows, Rows, SlabSplit, random_folds
 
+MAX_TRAINING_ROWS = 60_000
+"""Rows that a model of the cross-validation is trained on: a forest of 150 000 rows scores 0.005 macro F1 more, and six
+of them would take most of the time of a fit."""
+
 
 @dataclass(frozen=True)
 class CrossValidation:
@@ -75,7 +79,7 @@ def cross_validate(
 
     def score() -> Iterator[tuple[_Fold, Classifier, CellTables]]:
         for fold in usable:
-            model = fit(rows.training.take(fold.train))
+            model = fit(rows.training.take(_thin_out(np.flatnonzero(fold.train), seed)))
             held_out = rows.evaluation.take(fold.test)
             yield fold, model, _score_cells(held_out, model.predict_probabilities(held_out.features), grid)
 
@@ -101,6 +105,13 @@ def cross_validate(
         ScoredLabels.from_tables(naive.total(n_classes), naive_note),
     )
     return scores, models
+
+
+def _thin_out(indices: np.ndarray, seed: int) -> np.ndarray:
+    """Keep at most as many rows as a cross-validated model needs."""
+    if len(indices) <= MAX_TRAINING_ROWS:
+        return indices
+    return np.sort(np.random.default_rng(seed).choice(indices, MAX_TRAINING_ROWS, replace=False))
 
 
 def _hold_out_slabs(rows: DrawnRows, split: SlabSplit) -> Iterator[_Fold]:
