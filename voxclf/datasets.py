@@ -235,7 +235,8 @@ def write_phantom(folder: str | Path, phantom: Phantom) -> None:
     folder : path
         Created where missing; files of the same names are replaced. It receives ``volume.tif`` (image),
         ``labels_xy.tif``, ``labels_xz.tif``, ``labels_yz.tif`` (2D, 0 = unlabelled), ``labels.toml`` (plane
-        and origin of each slice, names and colours of the classes) and ``truth.tif`` (class of every voxel).
+        and origin of each slice, names and colours of the classes), ``truth.tif`` (class of every voxel) and
+        ``unseen.tif`` (the same without the three slices: what a model fitted on them may be scored on).
     phantom : Phantom
         What to write. The voxel size in nm goes into the TIFF volumes in ImageJ's form, which Fiji reads.
     """
@@ -243,11 +244,14 @@ def write_phantom(folder: str | Path, phantom: Phantom) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_volume(folder / "volume.tif", phantom.image, phantom.voxel_size_nm)
     _write_volume(folder / "truth.tif", phantom.labels, phantom.voxel_size_nm)
-    listing = []
+    listing, unseen = [], phantom.labels.copy()
     for piece in label_slices(phantom):
+        axis = PLANES.index(piece.plane)
+        np.moveaxis(unseen, axis, 0)[piece.origin[axis]] = 0
         name = f"labels_{piece.plane}.tif"
         tifffile.imwrite(folder / name, piece.labels, compression="zlib")
         listing.append({"file": name, "plane": piece.plane, "origin": list(piece.origin)})
+    _write_volume(folder / "unseen.tif", unseen, phantom.voxel_size_nm)
     document = {
         "slice": listing,
         "classes": [

@@ -89,15 +89,15 @@ def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
 
 
 def run_demo(config: DemoConfig, progress: Progress = silent) -> RunResult:
-    """Make the phantom, run the whole job on three labelled slices of it, and score against its full truth."""
+    """Make the phantom, run the whole job on three labelled slices of it, and score the rest."""
     folder = Path(config.output)
     data = folder / "phantom"
-    if not (data / "truth.tif").exists() or config.overwrite:
+    if not (data / "labels.toml").exists() or config.overwrite:
         write_phantom(data, make_phantom(config.size, seed=config.seed))
     values = {
         "volume": str(data / "volume.tif"),
         "labels": str(data / "labels.toml"),
-        "validation": str(data / "truth.tif"),
+        "validation": str(data / "unseen.tif"),
         "output": str(folder),
         "model": config.model,
         "seed": config.seed,

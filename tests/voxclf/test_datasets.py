@@ -189,6 +189,12 @@ def test_written_folder_reads_back_with_voxel_size_and_listing(tmp_path):
     assert x_per_nm[1] / x_per_nm[0] == pytest.approx(4.0)
     assert y_per_nm[1] / y_per_nm[0] == pytest.approx(5.0)
     np.testing.assert_array_equal(tifffile.imread(folder / "truth.tif"), phantom.labels)
+    unseen = tifffile.imread(folder / "unseen.tif")
+    np.testing.assert_array_equal(unseen[unseen > 0], phantom.labels[unseen > 0])
+    for piece in label_slices(phantom):
+        axis = PLANES.index(piece.plane)
+        assert not unseen.take(piece.origin[axis], axis).any()
+    assert (unseen == 0).mean() < 3.1 / min(unseen.shape)
 
     listing = tomllib.loads((folder / "labels.toml").read_text(encoding="utf-8"))
     assert {entry["id"]: entry["name"] for entry in listing["classes"]} == LABEL_NAMES
