@@ -1,0 +1,189 @@
+"""Where CRF parameters are tried: small labelled tiles, kept apart in space into those tuned on and those judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from voxclf.engine.transfer import read_block
+from voxclf.geometry import ORIGIN, Block, Region, Zyx, make_block
+from voxclf.labels import LabelSet
+from voxclf.metrics.cells import CellGrid
+from voxclf.metrics.structure import count_contacts
+from voxclf.sampling import LabelSurvey
+from voxclf.volume import Volume
+
+LARGEST_TILE: Zyx = (32, 64, 64)
+SMALLEST_TILE = 16
+MAX_BOXES = 512
+"""Labelled boxes looked at; of more, as dense labels of a large volume have, a random choice is enough."""
+N_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class TuningInputs:
+    """Everything a tile is read from; the label set numbers the classes of all three alike."""
+
+    image: Volume
+    probabilities: Volume
+    labels: Volume
+    label_set: LabelSet
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A labelled box: where it is, the cell it belongs to, and its labelled voxels per class, shape (K,)."""
+
+    core: Region
+    cell: int
+    counts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedTile:
+    """The arrays of a tile.
+
+    Parameters
+    ----------
+    cell : int
+    classes : ndarray of int16, shape (z, y, x)
+        Class indices of the core, -1 where unlabelled.
+    image, stored : ndarray, shape (1, z + 2h, …) and (K, z + 2h, …)
+        As on disk.
+    halo : (z, y, x)
+    """
+
+    cell: int
+    classes: np.ndarray
+    image: np.ndarray
+    stored: np.ndarray
+    halo: Zyx
+
+    def with_halo(self, halo: Zyx) -> list[np.ndarray]:
+        """Image and probabilities with a halo of at most the one that was read."""
+        cut = tuple(slice(h - n, size - (h - n)) for h, n, size in zip(self.halo, halo, self.image.shape[1:], strict=True))
+        return [self.image[:, *cut], self.stored[:, *cut]]
+
+    @property
+    def stored_core(self) -> np.ndarray:
+        """Probabilities of the core as stored, shape (K, z, y, x)."""
+        return self.with_halo(ORIGIN)[1]
+
+
+def choose_tile_shape(hull: Region) -> Zyx:
+    """A quarter of the labelled extent, between 16 voxels and (32, 64, 64): small volumes need several tiles too."""
+    z, y, x = (
+        min(n, most, max(SMALLEST_TILE, n // 4)) for n, most in zip(hull.shape, LARGEST_TILE, strict=True)
+    )
+    return z, y, x
+
+
+def find_tiles(inputs: TuningInputs, survey: LabelSurvey, region: Region, rng: np.random.Generator) -> list[Tile]:
+    """Cut the labelled boxes within a region into tiles and count their classes.
+
+    Raises
+    ------
+    ValueError
+        If no labelled voxel lies in the region.
+    """
+    boxes = [box.region.intersect(region) for box in survey.boxes]
+    boxes = [box for box in boxes if box.n_voxels]
+    if not boxes:
+        raise ValueError(
+            f"labels {inputs.labels.path} hold no labelled voxel in {region}, which is what was predicted; predict "
+            "where the labels are"
+        )
+    if len(boxes) > MAX_BOXES:
+        boxes = [boxes[i] for i in np.sort(rng.choice(len(boxes), MAX_BOXES, replace=False))]
+    hull = _hull(boxes)
+    shape = choose_tile_shape(hull)
+    grid = CellGrid.over(hull, shape)
+    return list(_cut(inputs, boxes, shape, grid))
+
+
+def _cut(inputs: TuningInputs, boxes: Sequence[Region], shape: Zyx, grid: CellGrid) -> Iterator[Tile]:
+    for box in boxes:
+        starts = [range(a, b, n) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
+        for start in product(*starts):
+            stop = tuple(min(a + n, b) for a, n, b in zip(start, shape, box.stop, strict=True))
+            core = Region(start, stop)  # type: ignore[arg-type]
+            classes = read_classes(inputs, core)
+            counts = np.bincount(classes[classes >= 0], minlength=inputs.label_set.n_classes)
+            if counts.any():
+                centre = (np.array(core.start) + np.array(core.stop)) // 2
+                yield Tile(core, int(grid.number(centre[None])[0]), counts)
+
+
+def read_classes(inputs: TuningInputs, core: Region) -> np.ndarray:
+    """Class indices of a box, -1 where unlabelled."""
+    return inputs.label_set.remap_to_indices(inputs.labels.read(core.start, core.stop)[0])
+
+
+def load_tile(inputs: TuningInputs, tile: Tile, halo: Zyx) -> LoadedTile:
+    """Read the arrays of a tile."""
+    block: Block = make_block(0, tile.core, halo)
+    return LoadedTile(
+        tile.cell,
+        read_classes(inputs, tile.core),
+        read_block(inputs.image, block),
+        read_block(inputs.probabilities, block),
+        halo,
+    )
+
+
+def split_cells(tiles: Sequence[Tile], rng: np.random.Generator) -> tuple[list[Tile], list[Tile]]:
+    """Divide tiles, whole cells at a time, into those to tune on and those to judge on.
+
+    Of 64 random divisions into halves, the one whose scarcest class is divided most evenly.
+
+    Raises
+    ------
+    ValueError
+        If the labels lie in fewer than four cells, too few to keep apart.
+    """
+    cells = np.array(sorted({tile.cell for tile in tiles}))
+    if len(cells) < 4:
+        raise ValueError(
+            f"labels lie in {len(cells)} separate places of {choose_tile_shape(_hull([t.core for t in tiles]))} voxels "
+            "(z, y, x) or more, too few to tune on some and judge on others; at least 4 are needed: label more places"
+        )
+    table = np.stack([sum(tile.counts for tile in tiles if tile.cell == cell) for cell in cells])
+    total = np.maximum(table.sum(axis=0), 1)
+    best, best_share = np.zeros(len(cells), bool), -1.0
+    for _ in range(N_SPLITS):
+        tunes = np.isin(np.arange(len(cells)), rng.permutation(len(cells))[: len(cells) // 2])
+        share = np.minimum(table[tunes].sum(axis=0), table[~tunes].sum(axis=0)) / total
+        share = float(share[table.any(axis=0)].min())
+        if share > best_share:
+            best, best_share = tunes, share
+    chosen = set(cells[best].tolist())
+    return [t for t in tiles if t.cell in chosen], [t for t in tiles if t.cell not in chosen]
+
+
+def draw_tiles(tiles: Sequence[Tile], n_tiles: int, rng: np.random.Generator) -> list[Tile]:
+    """Draw tiles cell by cell in turn, so that all cells are heard."""
+    shuffled = [tiles[i] for i in rng.permutation(len(tiles))]
+    taken: dict[int, int] = {}
+    ranked = []
+    for tile in shuffled:
+        taken[tile.cell] = taken.get(tile.cell, 0) + 1
+        ranked.append((taken[tile.cell], tile))
+    return [tile for _, tile in sorted(ranked, key=lambda item: item[0])[:n_tiles]]
+
+
+def sum_contacts(inputs: TuningInputs, tiles: Sequence[Tile]) -> np.ndarray:
+    """Contacts of the labelled classes over tiles, shape (K, K)."""
+    n_classes = inputs.label_set.n_classes
+    contacts = np.zeros((n_classes, n_classes), np.int64)
+    for tile in tiles:
+        contacts += count_contacts(read_classes(inputs, tile.core), n_classes)
+    return contacts
+
+
+def _hull(boxes: Sequence[Region]) -> Region:
+    start = np.array([box.start for box in boxes]).min(axis=0)
+    stop = np.array([box.stop for box in boxes]).max(axis=0)
+    return Region(tuple(start.tolist()), tuple(stop.tolist()))

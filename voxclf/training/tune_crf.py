@@ -1,0 +1,438 @@
+"""Parameters of the dense CRF fitted on labels, and judged on other labels: it must earn its place.
+
+1. Labelled tiles are divided, whole cells of the volume at a time, into a half to tune on and a half to judge on.
+2. Widths, weights and how far the penalties follow the contacts counted in the labels are searched for: some points
+   spread over the space, then Nelder-Mead from the best of them. Objective: macro F1 of the tuning tiles.
+3. The penalties of the pairs of classes that touch most are fitted one after the other (Powell).
+4. The best parameters found are applied to the other half. Unless the gain in macro F1 is positive with 95 %
+   confidence (paired spatial bootstrap) and mean IoU does not fall, the answer is "no CRF".
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor as Pool
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from voxclf.geometry import VoxelSize, Zyx
+from voxclf.labels import LabelSet
+from voxclf.metrics.bootstrap import Interval
+from voxclf.metrics.cells import CellTables
+from voxclf.metrics.paired import bootstrap_gain
+from voxclf.metrics.scored import ScoredLabels
+from voxclf.metrics.voxelwise import ScoreTables, score_block, score_tables
+from voxclf.models.crf_parameters import CrfParameters
+from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_window
+from voxclf.probabilities import quantise
+from voxclf.progress import Progress, silent
+from voxclf.training.crf_tiles import (
+    LoadedTile,
+    Tile,
+    TuningInputs,
+    draw_tiles,
+    load_tile,
+    split_cells,
+    sum_contacts,
+)
+
+N_TUNING_TILES, N_JUDGING_TILES = 16, 64
+N_START_POINTS, N_SIMPLEX, N_PAIRS = 16, 60, 60
+"""Evaluations: points spread over the space, Nelder-Mead, and pairs of classes."""
+TUNING_TOLERANCE = 10**-2.5
+"""A halo of three widths: of a tile, 0.1 % of labels differ from those of the whole volume."""
+MOST_PAIRS = 10
+
+# Widths in voxels of the finest axis. Weights: the kernels are normalised, so a weight of 1 moves log-odds by about 1.
+BOUNDS = {
+    "bilateral_sigma": (0.7, 8.0),
+    "intensity_sigma": (0.02, 0.5),
+    "spatial_sigma": (0.4, 3.0),
+    "bilateral_weight": (0.1, 20.0),
+    "spatial_weight": (0.1, 20.0),
+}
+# Bilateral width, intensity width, spatial width, two weights, share of the contacts in the penalties.
+HAND_PICKED = ((3.0, 0.05, 1.0, 1.0, 1.0, 0.5), (4.0, 0.1, 1.0, 3.0, 1.0, 0.0), (2.0, 0.1, 0.7, 0.5, 0.5, 0.0))
+LARGEST_LOG_FACTOR = 1.5
+STRONGEST_CONTACT = 3.0
+
+
+@dataclass(frozen=True)
+class CrfTuning:
+    """What tuning found.
+
+    Parameters
+    ----------
+    parameters : CrfParameters
+        The best ones; ``enabled`` says whether they may be used.
+    reason : str
+        Why, or why not.
+    before, after : ScoredLabels
+        Of the judging tiles.
+    gain : mapping of str to Interval
+        Macro F1 and mean IoU, after minus before, on the judging tiles.
+    tuned_macro_f1 : (before, after)
+        On the tuning tiles; more than the gain, as always on what was tuned on.
+    n_evaluations : int
+        Parameter sets tried.
+    is_cut_short : bool
+        Whether time ended the search; with more time, or on a faster machine, it may find other parameters.
+    """
+
+    parameters: CrfParameters
+    reason: str
+    before: ScoredLabels
+    after: ScoredLabels
+    gain: Mapping[str, Interval]
+    tuned_macro_f1: tuple[float, float]
+    n_evaluations: int
+    is_cut_short: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values for TOML and JSON; what is undefined is left out."""
+        shown = {
+            "reason": self.reason,
+            "macro_f1_gain": _interval_values(self.gain["macro_f1"]),
+            "mean_iou_gain": _interval_values(self.gain["mean_iou"]),
+            "tuning_macro_f1": list(self.tuned_macro_f1),
+            "n_evaluations": self.n_evaluations,
+            "cut_short_by_time": self.is_cut_short,
+            "judged_on": self.before.note,
+        }
+        for name, scored in (("before", self.before), ("after", self.after)):
+            scores = scored.scores.to_dict()
+            shown[name] = {
+                key: [v if v is not None else "absent" for v in value] if isinstance(value, list) else value
+                for key, value in scores.items()
+                if key in ("macro_f1", "mean_iou", "accuracy", "f1", "iou")
+            }
+        return shown
+
+
+def _interval_values(interval: Interval) -> dict[str, float]:
+    return {name: value for name, value in interval.to_dict().items() if value is not None}
+
+
+def tune_crf(
+    inputs: TuningInputs,
+    tiles: Sequence[Tile],
+    *,
+    n_iterations: int,
+    seconds: float,
+    seed: int,
+    n_workers: int,
+    progress: Progress = silent,
+) -> CrfTuning:
+    """Fit the parameters on some labelled tiles and judge them on others.
+
+    Parameters
+    ----------
+    inputs : TuningInputs
+        Image, probabilities and labels. The labels should not be those that the model was trained on, where its
+        probabilities are better than anywhere else.
+    tiles : sequence of Tile
+        From :func:`voxclf.training.crf_tiles.find_tiles`.
+    n_iterations : int
+        Mean-field iterations.
+    seconds : float
+        When to stop the search; judging comes on top. The same seed gives the same result unless time cuts it short.
+    seed, n_workers : int
+    progress : Progress
+
+    Returns
+    -------
+    CrfTuning
+
+    Raises
+    ------
+    ValueError
+        If the labels lie in too few places to keep some for judging.
+    """
+    rng = np.random.default_rng(seed)
+    to_tune, to_judge = split_cells(tiles, rng)
+    to_tune, to_judge = draw_tiles(to_tune, N_TUNING_TILES, rng), draw_tiles(to_judge, N_JUDGING_TILES, rng)
+    space = SearchSpace(
+        inputs.image.voxel_size_nm,
+        inputs.label_set,
+        n_iterations,
+        measure_intensity_window(inputs.image),
+        sum_contacts(inputs, to_tune),
+    )
+    halo = make_refiner(space.widest(), inputs).halo
+    with ThreadPoolExecutor(n_workers, thread_name_prefix="tune") as pool:
+        loaded = list(pool.map(lambda tile: load_tile(inputs, tile, halo), to_tune))
+        search = _Search(space, inputs, loaded, pool, seconds, seed)
+        for _ in progress("tune CRF", search.evaluations(), search.n_planned, "trial"):
+            pass
+        judged = pool.map(lambda tile: _judge_tile(inputs, tile, search.best), to_judge)
+        before, after = CellTables(), CellTables()
+        for cells in progress("judge CRF", judged, len(to_judge), "tile"):
+            before, after = before + cells[0], after + cells[1]
+    return _conclude(search, before, after, inputs.label_set, seed)
+
+
+def make_refiner(parameters: CrfParameters, inputs: TuningInputs) -> CrfRefiner:
+    """The step that tiles are refined with."""
+    return CrfRefiner(
+        parameters.make_crf(),
+        inputs.label_set.n_classes,
+        inputs.image.voxel_size_nm,
+        TUNING_TOLERANCE,
+        parameters.intensity_window,
+    )
+
+
+def _refine(tile: LoadedTile, parameters: CrfParameters, inputs: TuningInputs) -> np.ndarray:
+    refiner = make_refiner(parameters, inputs)
+    return refiner(*tile.with_halo(refiner.halo))
+
+
+def _judge_tile(inputs: TuningInputs, tile: Tile, parameters: CrfParameters) -> tuple[CellTables, CellTables]:
+    loaded = load_tile(inputs, tile, make_refiner(parameters, inputs).halo)
+    refined = quantise(_refine(loaded, parameters, inputs))
+    tables = [
+        score_block(loaded.classes, probabilities, None, inputs.label_set.n_classes)
+        for probabilities in (np.ascontiguousarray(loaded.stored_core), refined)
+    ]
+    return CellTables({tile.cell: tables[0]}), CellTables({tile.cell: tables[1]})
+
+
+def _conclude(search: _Search, before: CellTables, after: CellTables, label_set: LabelSet, seed: int) -> CrfTuning:
+    gain = bootstrap_gain(before.cells, after.cells, np.random.default_rng(seed))
+    f1, iou = gain["macro_f1"], gain["mean_iou"]
+    is_significant = f1.low > 0 and iou.value >= 0
+    found = f"macro F1 {f1.value:+.4f} [{f1.low:+.4f}, {f1.high:+.4f}], mean IoU {iou.value:+.4f}"
+    verdict = "the gain is significant" if is_significant else "no CRF: the gain is not significant"
+    note = f"{len(before.cells)} cells that were not tuned on"
+    return CrfTuning(
+        replace(search.best, enabled=bool(is_significant)),
+        f"{verdict} on {note}: {found}",
+        ScoredLabels.from_cells(before, label_set.n_classes, note, seed),
+        ScoredLabels.from_cells(after, label_set.n_classes, note, seed),
+        gain,
+        (search.score_before, search.best_score),
+        search.n_evaluations,
+        search.is_cut_short,
+    )
+
+
+def contact_penalties(contacts: np.ndarray) -> np.ndarray:
+    """Penalties that spare pairs of classes which touch in the labels; mean 1 off the diagonal, 0 on it.
+
+    The root of expected over counted faces, if classes met by chance according to how much each touches others,
+    kept between 1/3 and 3. The root, because counted contacts are those of small labelled areas.
+
+    Parameters
+    ----------
+    contacts : ndarray of int64, shape (K, K)
+        From :func:`voxclf.metrics.structure.count_contacts`.
+
+    Returns
+    -------
+    ndarray of float64, shape (K, K)
+    """
+    between = contacts - np.diag(np.diag(contacts)).astype(np.float64)
+    outward = between.sum(axis=1)
+    expected = np.outer(outward, outward) / max(outward.sum(), 1.0)
+    penalties = np.clip(np.sqrt((expected + 1) / (between + 1)), 1 / STRONGEST_CONTACT, STRONGEST_CONTACT)
+    np.fill_diagonal(penalties, 0)
+    n_classes = len(contacts)
+    return penalties * (n_classes * (n_classes - 1) / penalties.sum())
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Parameters as a point of the unit cube, and factors of the penalties between pairs of classes."""
+
+    voxel_size_nm: VoxelSize
+    label_set: LabelSet
+    n_iterations: int
+    intensity_window: tuple[float, float] | None
+    contacts: np.ndarray
+
+    @property
+    def n_dimensions(self) -> int:
+        """Two widths in space, one in intensity, two weights, and the share of the contacts."""
+        return len(BOUNDS) + 1
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The pairs of classes that touch most, at most ten; a single pair is no different from the weights."""
+        a, b = np.triu_indices(self.label_set.n_classes, 1)
+        if len(a) < 2:
+            return []
+        order = np.argsort(-self.contacts[a, b], kind="stable")[:MOST_PAIRS]
+        return [(int(a[i]), int(b[i])) for i in order]
+
+    def widest(self) -> CrfParameters:
+        """The parameters of the largest halo."""
+        return self.parameters(np.array([1.0, 1, 1, 1, 1, 0]))
+
+    def locate(self, values: Sequence[float]) -> np.ndarray:
+        """The point of widths in voxels, weights and share."""
+        scaled = [np.log(v / low) / np.log(high / low) for v, (low, high) in zip(values, BOUNDS.values(), strict=False)]
+        return np.array([*scaled, values[-1]])
+
+    def parameters(self, point: np.ndarray, log_factors: Sequence[float] = ()) -> CrfParameters:
+        """The parameters of a point; factors multiply the penalties of the first of :attr:`pairs`."""
+        values = [
+            low * (high / low) ** float(u) for u, (low, high) in zip(np.clip(point, 0, 1), BOUNDS.values(), strict=False)
+        ]
+        finest = min(self.voxel_size_nm)
+        share = float(np.clip(point[-1], 0, 1))
+        n_classes = self.label_set.n_classes
+        shape = (1 - share) * (1 - np.eye(n_classes)) + share * contact_penalties(self.contacts)
+        for (a, b), log_factor in zip(self.pairs, log_factors, strict=False):
+            shape[a, b] = shape[b, a] = shape[a, b] * np.exp(log_factor)
+        return CrfParameters(
+            bilateral_sigma_nm=(_round(values[0] * finest),),
+            intensity_sigma=_round(values[1]),
+            spatial_sigma_nm=(_round(values[2] * finest),),
+            bilateral_weight=_as_weight(values[3] * shape),
+            spatial_weight=_as_weight(values[4] * shape),
+            n_iterations=self.n_iterations,
+            intensity_window=self.intensity_window,
+            classes=self.label_set.names,
+        )
+
+
+def _round(value: float) -> float:
+    """Four digits: a parameter file is read by people, and no score knows the fifth."""
+    return float(f"{value:.4g}")
+
+
+def _as_weight(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(_round(v) for v in row) for row in matrix.tolist())
+
+
+class _SearchOver(Exception):  # noqa: N818 - it ends a search, nothing failed
+    """Raised inside the optimiser when time is up or the caller has gone."""
+
+
+@dataclass(eq=False)
+class _Search:
+    """The objective with its memory of the best, and the stages of the optimisation."""
+
+    space: SearchSpace
+    inputs: TuningInputs
+    tiles: list[LoadedTile]
+    pool: Pool
+    seconds: float
+    seed: int
+    best_score: float = field(default=-1.0, init=False)
+    n_evaluations: int = field(default=0, init=False)
+    is_cut_short: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.best = self.space.parameters(self.space.locate(HAND_PICKED[-1]))
+        self.score_before = self._macro_f1(lambda tile: tile.stored_core)
+        self._deadline = time.monotonic() + self.seconds
+        self._is_stopped = threading.Event()
+
+    @property
+    def n_planned(self) -> int:
+        """Evaluations if time allows."""
+        return N_START_POINTS + N_SIMPLEX + (N_PAIRS if self.space.pairs else 0)
+
+    def evaluations(self) -> Iterator[float]:
+        """Run the search and yield the objective of every trial.
+
+        The optimiser calls the objective and progress wants to be called: a thread turns one into the other.
+        """
+        results: queue.Queue[float | BaseException | None] = queue.Queue()
+
+        def run() -> None:
+            try:
+                self._optimise(results.put)
+                results.put(None)
+            except _SearchOver:
+                self.is_cut_short = True
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        thread = threading.Thread(target=run, name="optimiser", daemon=True)
+        thread.start()
+        try:
+            while (item := results.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self._is_stopped.set()
+            thread.join()
+
+    def _optimise(self, report: Callable[[float], None]) -> None:
+        from scipy.optimize import minimize
+        from scipy.stats import qmc
+
+        space = self.space
+        scored: list[tuple[float, np.ndarray]] = []
+
+        def try_point(point: np.ndarray, log_factors: Sequence[float] = ()) -> float:
+            score = self._evaluate(space.parameters(point, log_factors))
+            scored.append((score, np.array(point)))
+            report(score)
+            return -score
+
+        n_random = N_START_POINTS - len(HAND_PICKED)
+        spread = qmc.Sobol(space.n_dimensions, seed=self.seed).random_base2(max(1, int(np.ceil(np.log2(n_random)))))
+        for point in [*(space.locate(values) for values in HAND_PICKED), *spread[:n_random]]:
+            try_point(point)
+        start = max(scored, key=lambda item: item[0])[1]
+        minimize(
+            try_point,
+            start,
+            method="Nelder-Mead",
+            bounds=[(0, 1)] * space.n_dimensions,
+            options={"maxfev": N_SIMPLEX, "initial_simplex": _simplex(start), "xatol": 0.02, "fatol": 1e-5},
+        )
+        if not space.pairs:
+            return
+        best = max(scored, key=lambda item: item[0])[1]
+        minimize(
+            lambda log_factors: try_point(best, log_factors),
+            np.zeros(len(space.pairs)),
+            method="Powell",
+            bounds=[(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR)] * len(space.pairs),
+            options={"maxfev": N_PAIRS, "xtol": 0.1, "ftol": 1e-4},
+        )
+
+    def _evaluate(self, parameters: CrfParameters) -> float:
+        if self._is_stopped.is_set() or (time.monotonic() > self._deadline and self.n_evaluations):
+            raise _SearchOver
+        score = self._macro_f1(lambda tile: _refine(tile, parameters, self.inputs))
+        self.n_evaluations += 1
+        if score > self.best_score:
+            self.best, self.best_score = parameters, score
+        return score
+
+    def _macro_f1(self, predict: Callable[[LoadedTile], np.ndarray]) -> float:
+        n_classes = self.space.label_set.n_classes
+
+        def count(tile: LoadedTile) -> ScoreTables:
+            return score_block(tile.classes, None, predict(tile).argmax(axis=0), n_classes)
+
+        return score_tables(sum(self.pool.map(count, self.tiles), ScoreTables.zeros(n_classes))).macro_f1
+
+
+def _simplex(start: np.ndarray, side: float = 0.2) -> np.ndarray:
+    """Corners around a start, inside the unit cube."""
+    corners = np.tile(start, (len(start) + 1, 1))
+    for i in range(len(start)):
+        corners[i + 1, i] += side if start[i] <= 0.5 else -side
+    return corners
+
+
+def describe_halo(halo: Zyx, tolerance: float) -> str:
+    """What a halo stands for, in words."""
+    return (
+        f"halo of {halo} voxels (z, y, x) around each block: about {tolerance:.3%} of labels may differ from those of "
+        "the whole volume refined at once"
+    )
