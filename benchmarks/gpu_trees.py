@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from types import FunctionType
 
 import numpy as np
 import torch
+from record import RESULTS, describe_run, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 HAS_COMPILER = find_spec("numba") is not None and find_spec("scipy") is not None
@@ -66,6 +66,18 @@ BANKS = {
 }
 N_CLASSES = 6
 N_EDGES = 255
+TITLE = "Filter bank and forest on a GPU"
+COLUMNS = (
+    "case",
+    "features",
+    "device s",
+    "Mvoxel/s",
+    "of it features s",
+    "CPU s",
+    "CPU Mvoxel/s",
+    "times CPU",
+    "same class",
+)
 SAMPLE_SIDE = 24
 
 
@@ -187,41 +199,25 @@ def run_case(name, arguments, device):
     return row
 
 
-def machine(device):
+def describe_device(device):
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu (as a torch device)",
-        "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
     }
 
 
-def processor_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+def explain(arguments):
+    return (
+        f"One block of {arguments.size}^3 voxels with its halo, {arguments.trees} trees of depth {arguments.depth}, "
+        f"{N_CLASSES} classes. Median of {arguments.repetitions} runs (lowest to highest); same class is the share of "
+        "voxels with the CPU path's most probable class."
+    )
 
 
-def write_results(folder, facts, rows, arguments):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_trees.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-    lines = [
-        "# Filter bank and forest on a GPU",
-        "",
-        f"`python benchmarks/gpu_trees.py`: one block of {arguments.size}^3 voxels with its halo, {arguments.trees}",
-        f"trees of depth {arguments.depth}, {N_CLASSES} classes. Median of {arguments.repetitions} runs (lowest to",
-        'highest); "same class" is the share of voxels with the CPU path\'s most probable class.',
-        "",
-        ", ".join(f"{key} {value}" for key, value in facts.items()),
-        "",
-        "| case | features | device s | Mvoxel/s | of it features s | CPU s | CPU Mvoxel/s | times CPU | same class |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def lay_out(rows):
+    cells = []
     for row in rows:
-        cells = [
+        values = [
             row["case"],
             row["features"],
             spell(row["device_s"]),
@@ -232,8 +228,8 @@ def write_results(folder, facts, rows, arguments):
             f"{row['times_cpu']:.1f}" if "cpu_s" in row else "",
             f"{row['same_class']:.6f}" if "cpu_s" in row else "",
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    (folder / "gpu_trees.md").write_text("\n".join(lines) + "\n")
+        cells.append(dict(zip(COLUMNS, values, strict=True)))
+    return markdown_table(COLUMNS, cells)
 
 
 def spell(seconds):
@@ -250,11 +246,11 @@ def main():
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, help="threads of the CPU path; default: all cores")
     parser.add_argument("--cases", nargs="+", default=list(BANKS), choices=list(BANKS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     arguments = parser.parse_args()
-    facts = machine(arguments.device)
+    facts = describe_run(("torch", "numpy", "numba"), **describe_device(arguments.device))
     rows = [run_case(name, arguments, arguments.device) for name in arguments.cases]
-    write_results(arguments.output, facts, rows, arguments)
+    publish("gpu_trees", TITLE, explain(arguments), facts, rows, lay_out(rows), arguments.output)
 
 
 if __name__ == "__main__":

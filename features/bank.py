@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features import edge_kernels, filters, simd
-from features.multiscale import compute_multiscale, flat
+from features.multiscale import compute_multiscale, flat, scratch_bytes
 
 Kind = Literal["intensity", "edges", "multiscale"]
 Dimensions = Literal[2, 3]
@@ -291,6 +291,21 @@ class FilterBank:
         else:
             self._compute_own(block, voxel_size_nm, out)
         return out
+
+    def working_bytes(self, core: Zyx, voxel_size_nm: VoxelSize) -> int:
+        """Memory that :meth:`compute` holds beside ``out`` for a core of this shape, in the thread that calls it."""
+        z, y, x = core
+        n_slab = 0
+        if self.neighbours:
+            z = min(NEIGHBOUR_SLAB, z) + 2
+            n_slab = self.n_own_features * z * y * x
+        halo = self._own_halo(voxel_size_nm)
+        block = tuple(n + 2 * h for n, h in zip((z, y, x), halo, strict=True))
+        if self.kind != "multiscale":
+            return 4 * (n_slab + math.prod(block))
+        wants_tensor = "structure_tensor_eigenvalues" in self.filters
+        scratch = scratch_bytes(block, self.sigmas_in_voxels(voxel_size_nm), (z, y, x), wants_tensor)
+        return 4 * n_slab + scratch
 
     def _compute_with_neighbours(self, block: NDArray, voxel_size_nm: VoxelSize, out: NDArray[np.float32]) -> None:
         n = self.n_own_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -46,6 +47,14 @@ def compute_multiscale(
     for part, (weights, tile, _) in zip(np.split(out, len(sigmas)), plans, strict=True):
         voxels = part.strides[0] // part.itemsize
         compute(source, origin, pitches, core, *weights, tile, flat(part), voxels, channels, scratch)
+
+
+def scratch_bytes(
+    block_shape: Sequence[int], sigmas: Sequence[Sequence[float]], core: tuple[int, ...], wants_tensor: bool
+) -> int:
+    """Memory that the calling thread holds while it filters a block of this shape, its output not included."""
+    n_scratch = max(_plan(sigma, core, wants_tensor)[2] for sigma in sigmas)
+    return 4 * (n_scratch + math.prod(block_shape) + 2 * MARGIN + LINE)
 
 
 def flat(channels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from voxclf import config as cfg
 from voxclf.progress import Progress
+
+if TYPE_CHECKING:
+    from voxclf.refine import StructureChange
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def _fit(config: cfg.FitConfig, progress: Progress) -> CommandResult:
 def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
     from voxclf.predict import predict_volume
 
+    started = time.perf_counter()
     result = predict_volume(config, progress)
     cfg.save_config(config, result.folder / "config.toml")
     paths = [volume.path for volume in result.job.volumes]
@@ -80,7 +85,13 @@ def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
             f"blocks       {result.job.n_blocks}{resumed}",
             *(f"written to   {path}" for path in paths),
         ],
-        {"outputs": paths, "device": result.device, "n_blocks": result.job.n_blocks, "n_resumed": result.job.n_resumed},
+        {
+            "outputs": paths,
+            "device": result.device,
+            "n_blocks": result.job.n_blocks,
+            "n_resumed": result.job.n_resumed,
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
 
 
@@ -96,6 +107,74 @@ def _evaluate(config: cfg.EvaluateConfig, progress: Progress) -> CommandResult:
         cfg.save_config(config, folder / "config.toml")
         lines = [*lines, f"report       {folder / 'report.html'}"]
     return CommandResult(lines, values)
+
+
+def _crf_tune(config: cfg.CrfTuneConfig, progress: Progress) -> CommandResult:
+    from voxclf.refine import tune_parameters
+    from voxclf.summary import format_scores, score_values
+
+    result = tune_parameters(config, progress)
+    short = "; stopped by --time" if result.is_cut_short else ""
+    lines = [
+        format_scores("before", result.before),
+        format_scores("after", result.after),
+        result.reason,
+        f"tried        {result.n_evaluations} sets of parameters{short}",
+        f"written to   {config.output}{'' if result.parameters.enabled else ' (enabled = false)'}",
+    ]
+    scores = {"before": score_values(result.before), "after": score_values(result.after)}
+    values = {"output": config.output, "enabled": result.parameters.enabled, **result.to_dict(), **scores}
+    return CommandResult(lines, values)
+
+
+def _crf_refine(config: cfg.CrfRefineConfig, progress: Progress) -> CommandResult:
+    from voxclf.refine import describe_halo, refine_volume
+
+    result = refine_volume(config, progress)
+    if result.job is None or result.structure is None:
+        line = f"no CRF       {config.parameters} says that none helps; nothing was written, {config.prediction} stands"
+        return CommandResult([line], {"enabled": False, "outputs": []})
+    cfg.save_config(config, result.folder / "config.toml")
+    paths = [volume.path for volume in result.job.volumes]
+    resumed = f", {result.job.n_resumed} of them were there already" if result.job.n_resumed else ""
+    lines = [
+        f"blocks       {result.job.n_blocks}{resumed}; {describe_halo(result.halo, result.tolerance)}",
+        *_structure_lines(result.structure, result.label_set.names),
+        *(f"written to   {path}" for path in paths),
+    ]
+    values = {
+        "enabled": True,
+        "outputs": paths,
+        "device": result.device,
+        "halo": result.halo,
+        "n_blocks": result.job.n_blocks,
+        "n_resumed": result.job.n_resumed,
+        "structure": _structure_values(result.structure),
+    }
+    return CommandResult(lines, values)
+
+
+COUNTED = ("components", "specks", "holes")
+
+
+def _structure_lines(change: StructureChange, names: tuple[str, ...]) -> list[str]:
+    """Objects per class before and after, from the central box of the volume."""
+    width = max(map(len, names))
+    lines = [f"objects      in {change.box}, before > after; specks are smaller than {change.speck_nm3:.3g} nm3"]
+    for k, name in enumerate(names):
+        counts = "  ".join(
+            f"{kind} {getattr(change.before, kind)[k]} > {getattr(change.after, kind)[k]}" for kind in COUNTED
+        )
+        lines.append(f"  {name:<{width}}  {counts}")
+    return lines
+
+
+def _structure_values(change: StructureChange) -> dict[str, Any]:
+    sides = {"before": change.before, "after": change.after}
+    counts = {
+        side: {kind: getattr(found, kind).tolist() for kind in (*COUNTED, "contacts")} for side, found in sides.items()
+    }
+    return {"box": str(change.box), "speck_nm3": change.speck_nm3, **counts}
 
 
 def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
@@ -145,6 +224,8 @@ _COMMANDS: dict[type[cfg.Config], Callable[[Any, Progress], CommandResult]] = {
     cfg.FitConfig: _fit,
     cfg.PredictConfig: _predict,
     cfg.EvaluateConfig: _evaluate,
+    cfg.CrfTuneConfig: _crf_tune,
+    cfg.CrfRefineConfig: _crf_refine,
     cfg.SuggestConfig: _suggest,
     cfg.RunConfig: _run,
     cfg.ConvertConfig: _convert,

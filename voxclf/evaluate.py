@@ -11,13 +11,13 @@ from voxclf.config import EvaluateConfig
 from voxclf.engine.executors import Executor, make_executor
 from voxclf.engine.run import fold_blocks
 from voxclf.errors import FormatError
-from voxclf.geometry import Block, Region, make_block
+from voxclf.geometry import Block, Region, make_block, subtract
 from voxclf.jobs import choose_region
 from voxclf.labels import LabelSet, parse_classes
 from voxclf.metrics.cells import CellGrid, CellTables
 from voxclf.metrics.voxelwise import score_block
 from voxclf.progress import Progress, last, silent
-from voxclf.sampling import SURVEY_CORE, LabelSurvey, survey_labels
+from voxclf.sampling import LabelSurvey, survey_labels
 from voxclf.volume import Volume, open_labels, open_volume
 
 
@@ -39,11 +39,14 @@ class _ScoreFold:
     def __call__(
         self, block: Block, truth: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray | None = None
     ) -> CellTables:
-        indices = self.truth_set.remap_to_indices(truth[0])
-        tables = score_block(
-            indices, probabilities, self.label_set.remap_to_indices(predicted[0]), self.label_set.n_classes
-        )
-        return CellTables({int(self.grid.number(np.array([block.core.start]))[0]): tables})
+        true = self.truth_set.remap_to_indices(truth[0])
+        found = self.label_set.remap_to_indices(predicted[0])
+        tables = {}
+        for cell, piece in self.grid.split(block.core):
+            box = Region(subtract(piece.start, block.core.start), subtract(piece.stop, block.core.start)).slices
+            part = None if probabilities is None else probabilities[:, *box]
+            tables[cell] = score_block(true[box], part, found[box], self.label_set.n_classes)
+        return CellTables(tables)
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = silent) -> Evaluation:
@@ -92,7 +95,7 @@ def evaluate_volumes(
             f"labels {truth.path} hold no labelled voxel in {region}; every voxel is {config.unlabelled}: give labels "
             "of this region, or say with --unlabelled which value means unlabelled"
         )
-    grid = CellGrid.over(_hull(boxes), SURVEY_CORE)
+    grid = CellGrid.over(_hull(boxes))
     inputs = [truth, predicted] if probabilities is None else [truth, predicted, probabilities]
     blocks = [make_block(i, box) for i, box in enumerate(boxes)]
     scored = fold_blocks(

@@ -5,6 +5,7 @@ Prediction does not come this way; it computes features block by block and keeps
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,10 @@ class FeatureStep:
         return self.bank.n_features
 
     def working_bytes(self, core_shape: Zyx) -> int:
-        """Features of the core, once as computed and once as stored, and copies of what is read."""
-        read = int(np.prod(add(core_shape, add(self.halo, self.halo))))
-        return 4 * (2 * self.bank.n_features * int(np.prod(core_shape)) + 5 * read)
+        """What is read, the filters' scratch, and the features once as computed and once as stored."""
+        read = math.prod(add(core_shape, add(self.halo, self.halo)))
+        scratch = self.bank.working_bytes(core_shape, self.voxel_size_nm)
+        return 4 * (2 * self.bank.n_features * math.prod(core_shape) + read) + scratch
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         """Compute the features of a block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
@@ -64,6 +65,12 @@ class FeatureStack:
             return own
         context = self.context.names(self.voxel_size_nm)
         return (*own, *(f"p({label}): {name}" for label in self.class_names for name in context))
+
+    def working_bytes(self, core: Zyx) -> int:
+        """Memory that :meth:`compute` holds for a core of this shape: features, and what the filters need meanwhile."""
+        banks = [self.bank, self.context] if self.context else [self.bank]
+        scratch = max(bank.working_bytes(core, self.voxel_size_nm) for bank in banks)
+        return 4 * self.n_features * math.prod(core) + scratch
 
     def compute(self, image: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
         """Compute the features of a block.

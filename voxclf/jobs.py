@@ -26,6 +26,9 @@ from voxclf.progress import Progress, last, silent
 from voxclf.pyramid import Reduction, downsampled_view
 from voxclf.volume import Volume, create_volume, list_levels, open_level
 
+FIXED_BYTES = 50_000_000
+"""What compiled code and the libraries' own buffers take in a process once blocks run, whatever their size."""
+
 SCAN_CORE: Zyx = (64, 256, 256)
 
 
@@ -124,9 +127,9 @@ def run_job(
 
 
 def _choose_core_shape(job: BlockJob, outputs: Sequence[Output], executor: Executor, memory_bytes: int) -> Zyx:
-    """The best blocks for the memory budget, less what open inputs keep decoded in each process."""
+    """The best blocks for the memory budget, less what each process holds anyway: decoded input, and code."""
     cached = sum(min(READ_CACHE_BYTES, math.prod(volume.info.shape) * volume.dtype.itemsize) for volume in job.inputs)
-    budget = memory_bytes - cached * executor.n_processes
+    budget = memory_bytes - (cached + FIXED_BYTES) * executor.n_processes
     write_shape = outputs[0].volume.write_shape
     return choose_core_shape(job.step, write_shape, job.region.shape, budget, executor.n_workers)
 

@@ -179,7 +179,9 @@ def test_a_model_that_gives_other_answers_is_refused(project, tmp_path, capsys, 
     fails(capsys, 4, message, project, "predict", model_copy, "image.tif", "-o", tmp_path / "OUT")
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": "onnx"}', '{"format": "voxclf-model", "format_version": 99}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"format": "onnx"}', '{"format": "voxclf-model", "format_version": 99}']
+)
 def test_a_damaged_model_description(project, tmp_path, capsys, model_copy, content):
     (model_copy / "model.json").write_text(content)
     fails(capsys, 4, "model.json", project, "predict", model_copy, "image.tif", "-o", tmp_path / "OUT")
@@ -189,7 +191,7 @@ def test_a_memory_budget_that_cannot_hold_a_block(project, tmp_path, capsys):
     # 64 workers with a block of one chunk each need more than this.
     large = np.zeros((64, 128, 128), np.uint8)
     tifffile.imwrite(tmp_path / "large.tif", large)
-    arguments = ("predict", "model", tmp_path / "large.tif", "-o", tmp_path / "OUT", "--memory", "80MB")
+    arguments = ("predict", "model", tmp_path / "large.tif", "-o", tmp_path / "OUT", "--memory", "150MB")
     fails(capsys, 2, "memory budget.*raise --memory", project, *arguments, "--workers", "64")
 
 

@@ -48,7 +48,7 @@ def test_too_many_terms_are_refused():
         intensity_basis((0.05,), (255.0,), 256, 1e-3)
 
 
-@pytest.mark.parametrize("tolerance", [2.5e-2, 1.5e-3, 2.5e-4])
+@pytest.mark.parametrize("tolerance", [2.5e-2, 1.5e-3, 4.6e-4, 1e-4])
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0, 3.0, 4.5, 8.0, 13.0, 20.0, 30.0])
 def test_an_axis_on_a_grid_is_within_its_tolerance(sigma, tolerance):
     size = 97
@@ -60,7 +60,7 @@ def test_an_axis_on_a_grid_is_within_its_tolerance(sigma, tolerance):
 
 
 def test_errors_on_a_grid_cancel_in_sums():
-    axis = axis_grid(400, 8.0, 1.5e-3)
+    axis = axis_grid(400, 8.0, 4.6e-4)
     splines = axis.matrix().astype(np.float64)
     position = np.arange(400)
     error = splines @ axis.blur_matrix() @ splines.T - gaussian(position[:, None] - position, 8.0)
@@ -69,7 +69,7 @@ def test_errors_on_a_grid_cancel_in_sums():
 
 
 def test_a_wide_kernel_gets_a_coarse_grid_and_a_narrow_one_none():
-    assert axis_grid(100, 20.0, 1.5e-3).pitch >= 8
+    assert axis_grid(100, 20.0, 4.6e-4).pitch >= 8
     narrow = axis_grid(100, 1.0, 1.5e-3)
     assert narrow.pitch == 1
     np.testing.assert_array_equal(narrow.matrix(), np.eye(100))
@@ -85,11 +85,11 @@ def test_a_band_is_the_normalised_gaussian(size):
     np.testing.assert_allclose(band.scale, scale, rtol=1e-5)
 
 
-def test_radius_is_where_the_kernel_is_a_tenth_of_the_tolerance():
+def test_radius_is_where_the_kernel_is_a_fifth_of_the_tolerance():
     radius = kernel_radius(5.0, 1e-3)
-    assert gaussian(radius, 5.0) <= 1e-4 < gaussian(radius - 1, 5.0)
+    assert gaussian(radius, 5.0) <= 2e-4 < gaussian(radius - 1, 5.0)
 
 
 def test_float_levels_follow_the_width():
-    assert float_levels(1.0, 6e-3) == 256
-    assert float_levels(50.0, 6e-3) > float_levels(10.0, 6e-3) > 256
+    assert float_levels(1.0, 2e-3) == 256
+    assert float_levels(50.0, 2e-3) > float_levels(10.0, 2e-3) > 256

@@ -32,7 +32,7 @@ def any_matrix(n_classes, seed=0, scale=4.0):
 @pytest.mark.parametrize("n_classes", [2, 6, 8])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_ten_iterations_match_brute_force(tissue, setting, n_classes):
-    image, probabilities = tissue((14, 15, 13), n_classes)
+    image, probabilities = tissue((12, 13, 11), n_classes)
     weights = (any_matrix(n_classes, 1, 6.0), any_matrix(n_classes, 2, 3.0))
     crf = DenseCRF(*SETTINGS[setting], *weights)
     exact = crf.refine(image, probabilities, UNIT, backend="brute_force")
@@ -56,9 +56,9 @@ def test_a_larger_volume_matches_the_exact_grey_level_form(tissue):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("intensity", [0.02, 0.1, 1.0])
 @pytest.mark.parametrize("bilateral", [1.0, 3.0, 5.0, 12.0, 30.0])
-@pytest.mark.parametrize("tolerance", [3e-2, 6e-3, 1e-3])
+@pytest.mark.parametrize("tolerance", [3e-2, 2e-3, 5e-4])
 def test_messages_are_within_the_tolerance_over_the_parameter_range(tissue, bilateral, intensity, dtype, tolerance):
-    image, probabilities = tissue((9, 13, 14), 3)
+    image, probabilities = tissue((7, 11, 12), 3)
     if dtype == np.uint16:
         image = image.astype(np.uint16) * 257
     elif dtype == np.float32:
@@ -257,7 +257,7 @@ def test_halo_grows_with_accuracy_and_shrinks_with_the_voxel():
     assert crf.halo(1e-2, (5.0, 5.0, 5.0)) < crf.halo(1e-4, (5.0, 5.0, 5.0))
     assert make_crf(40.0, 0.1, 10.0, weights=(0.0, 1.0)).halo(1e-4, (5.0, 5.0, 5.0)) == (12, 12, 12)
     exact = make_crf(40.0, 0.1, 10.0, n_iterations=1).halo(1e-9, (5.0, 5.0, 5.0))
-    assert exact == (kernel_radius(8.0, 6e-3),) * 3
+    assert exact == (kernel_radius(8.0, crf.tolerance),) * 3
     with pytest.raises(ValueError, match="fraction of labels"):
         crf.halo(0.0, (5.0, 5.0, 5.0))
 

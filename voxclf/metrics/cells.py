@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from voxclf.geometry import Region, Zyx
+from voxclf.geometry import Region, Zyx, add
 from voxclf.metrics.voxelwise import ScoreTables
 
 CELLS_PER_AXIS = 8
 """At most 512 cells: enough draws for an interval, and few enough tables for any volume."""
+
+LEAST_SIDE = 32
+"""Shortest side of a cell, voxels: structures in EM go on for about that long."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,23 @@ class CellGrid:
     counts: Zyx
 
     @classmethod
-    def over(cls, region: Region, least_side: Zyx) -> CellGrid:
-        """Cut a box into at most 8 cells along each axis, none shorter than ``least_side``."""
-        side = [max(-(-n // CELLS_PER_AXIS), least) for n, least in zip(region.shape, least_side, strict=True)]
+    def over(cls, region: Region, least_side: Zyx = (LEAST_SIDE,) * 3) -> CellGrid:
+        """Cut a box evenly into at most 8 cells along each axis, none shorter than ``least_side``."""
+        n_cells = [min(CELLS_PER_AXIS, max(1, n // least)) for n, least in zip(region.shape, least_side, strict=True)]
+        side = [-(-n // cells) for n, cells in zip(region.shape, n_cells, strict=True)]
         z, y, x = (-(-n // s) for n, s in zip(region.shape, side, strict=True))
         return cls(region.start, (side[0], side[1], side[2]), (z, y, x))
+
+    def split(self, region: Region) -> Iterator[tuple[int, Region]]:
+        """Cut a region where cells meet; yields each piece with the number of its cell."""
+        ranges = [
+            range((a - s) // n, -(-(b - s) // n))
+            for a, b, s, n in zip(region.start, region.stop, self.start, self.side, strict=True)
+        ]
+        for position in itertools.product(*ranges):
+            start = tuple(s + p * n for s, p, n in zip(self.start, position, self.side, strict=True))
+            cell = Region(start, add(start, self.side))  # type: ignore[arg-type]
+            yield int(np.ravel_multi_index(position, self.counts)), cell.intersect(region)
 
     def number(self, positions: np.ndarray) -> np.ndarray:
         """Number of the cell of each voxel; ``positions`` (N, 3) of z, y, x."""

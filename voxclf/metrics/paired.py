@@ -53,7 +53,9 @@ def bootstrap_gain(
         raise ValueError(f"before has {len(before)} cells, after {len(after)}; score both on the same cells")
     kept = [i for i, tables in enumerate(before) if tables.n_voxels]
     if not kept:
-        raise ValueError(f"none of the {len(before)} cells holds a labelled voxel; choose cells that overlap the labels")
+        raise ValueError(
+            f"none of the {len(before)} cells holds a labelled voxel; choose cells that overlap the labels"
+        )
     counts = np.stack([[tables[i].confusion for i in kept] for tables in (before, after)])  # (2, cells, K, K)
     present = counts.sum(axis=(0, 1, 3)) > 0
     value = _score(counts.sum(axis=1), present)

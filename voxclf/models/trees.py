@@ -126,10 +126,11 @@ class TreePredictor:
         return self.classifier.n_classes
 
     def working_bytes(self, core_shape: Zyx) -> int:
-        """Features and probabilities of the core, and a few float32 copies of what is read."""
+        """What is read (as float32 at most), features, filters' scratch, and probabilities until they are stored."""
+        n_inputs = 1 if self.stack.context is None else 1 + self.out_channels
         read = math.prod(add(core_shape, add(self.halo, self.halo)))
-        per_voxel = self.stack.n_features + 2 * self.out_channels
-        return 4 * (per_voxel * math.prod(core_shape) + 3 * read)
+        stored = (12 * self.out_channels + 8) * math.prod(core_shape)
+        return 4 * read + (n_inputs - 1) * read + self.stack.working_bytes(core_shape) + stored
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         """Classify a block: (1, Z + 2h, …) and, with a context, (K, Z + 2h, …) to (K, Z, Y, X), summing to 1 over K."""

@@ -75,7 +75,7 @@ def cross_validate(
     """
     folds = [*_hold_out_slabs(rows, split), _hold_out_at_random(rows, split.n_folds, seed)]
     usable = [fold for fold in folds if fold.test.any() and len(np.unique(rows.training.classes[fold.train])) > 1]
-    grid = _bootstrap_grid(rows.evaluation.positions, split)
+    grid = _bootstrap_grid(rows.evaluation.positions)
 
     def score() -> Iterator[tuple[_Fold, Classifier, CellTables]]:
         for fold in usable:
@@ -137,8 +137,6 @@ def _score_cells(rows: Rows, probabilities: np.ndarray, grid: CellGrid) -> CellT
     )
 
 
-def _bootstrap_grid(positions: np.ndarray, split: SlabSplit) -> CellGrid:
+def _bootstrap_grid(positions: np.ndarray) -> CellGrid:
     start, stop = positions.min(axis=0), positions.max(axis=0) + 1
-    # A cell is longer than a filter reaches, so that voxels of different cells share little.
-    least = split.gap + 1
-    return CellGrid.over(Region(tuple(start.tolist()), tuple(stop.tolist())), (1, least, least))
+    return CellGrid.over(Region(tuple(start.tolist()), tuple(stop.tolist())))
