@@ -114,6 +114,11 @@ def fit_on_labels(
 ) -> FitResult:
     """As :func:`fit_model`, with the volumes already open."""
     watch = _Stopwatch()
+    if labels.labelled_boxes is not None and options.unlabelled != 0:
+        raise ValueError(
+            f"--unlabelled was {options.unlabelled}, but around the slices of {labels.path} every voxel is 0; leave it "
+            "out and write 0 where nothing is labelled on a slice"
+        )
     check_finite(volume, executor, progress)
     surveyed = survey_labels(labels, options.unlabelled, executor)
     survey = last(progress("survey labels", surveyed, math.prod(labels.shape), "voxel")).total
@@ -195,13 +200,16 @@ class _Trainer:
         stack = FeatureStack(bank, self.volume.voxel_size_nm)
         inputs = [self.volume]
         rows = self._draw(inputs, stack)
-        split = split_into_slabs(rows.evaluation.positions, self.options.folds, stack.halo)
+        context = make_context_bank(bank, self.volume.voxel_size_nm)
+        # With autocontext a voxel's surroundings must not hold probabilities of models that were trained on it.
+        with_context = FeatureStack(bank, self.volume.voxel_size_nm, context)
+        gap = with_context.halo if self.options.autocontext > 1 else stack.halo
+        split = split_into_slabs(rows.evaluation.positions, self.options.folds, gap)
         done, models = self._fit_round(rows, stack, split)
         rounds = [done]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".autocontext-", dir=folder.parent) as scratch:
             for index in range(1, self.options.autocontext):
-                context = make_context_bank(bank, self.volume.voxel_size_nm)
                 out_of_fold = predict_out_of_fold(
                     inputs,
                     stack,
@@ -317,28 +325,6 @@ def resolve_label_set(labels: Volume, survey: LabelSurvey, options: FitOptions) 
         if sidecar.is_file() and sidecar != Path(labels.path):
             return replace(load_label_set(sidecar), unlabelled=options.unlabelled)
     return LabelSet.from_ids(ids, unlabelled=options.unlabelled)
-
-
-@dataclass(frozen=True)
-class _Fitter:
-    options: FitOptions
-    shares: np.ndarray
-    n_jobs: int
-
-    def __call__(self, rows: Rows) -> FittedModel:
-        return fit_tree_model(
-            self.options.model,
-            rows.features.T,
-            rows.classes,
-            len(self.shares),
-            seed=self.options.seed,
-            n_jobs=self.n_jobs,
-            n_trees=self.options.trees,
-            max_depth=self.options.max_depth,
-            min_samples_leaf=self.options.min_samples_leaf,
-            # The mixture is unsupervised: it takes the rows as they are.
-            sample_weight=None if self.options.model == "gaussian_mixture" else row_weights(rows.classes, self.shares),
-        )
 
 
 def choose_example(labels: Volume, survey: LabelSurvey, unlabelled: int) -> Zyx:

@@ -16,7 +16,7 @@ import numpy as np
 
 from voxclf.engine.executors import Executor
 from voxclf.engine.ledger import Ledger
-from voxclf.engine.run import Encode, Output, Receipt, choose_core_shape, fold_blocks, map_blocks
+from voxclf.engine.run import Encode, Output, Receipt, choose_chunk_shape, choose_core_shape, fold_blocks, map_blocks
 from voxclf.engine.step import CopyStep, Step
 from voxclf.errors import OutputExistsError
 from voxclf.formats.ome_metadata import Kind
@@ -24,7 +24,7 @@ from voxclf.formats.source import READ_CACHE_BYTES
 from voxclf.geometry import Block, Region, VoxelSize, Zyx, parse_region, split_into_blocks
 from voxclf.progress import Progress, last, silent
 from voxclf.pyramid import Reduction, downsampled_view
-from voxclf.volume import Volume, create_volume, list_levels, open_level
+from voxclf.volume import DEFAULT_CHUNK, Volume, create_volume, list_levels, open_level
 
 FIXED_BYTES = 50_000_000
 """What compiled code and the libraries' own buffers take in a process once blocks run, whatever their size."""
@@ -111,9 +111,14 @@ def run_job(
     elif not (job.ledger / "job.json").exists():
         _refuse_foreign_outputs(job)
     ledger = Ledger.open(job.ledger, job.description)
-    outputs = [_open_output(job, spec, overwrite) for spec in job.outputs]
     step = job.step
-    core_shape = ledger.keep_core_shape(_choose_core_shape(job, outputs, executor, memory_bytes))
+    budget = memory_bytes - _held_bytes(job) * executor.n_processes
+    z, y, x = (min(c, n) for c, n in zip(DEFAULT_CHUNK, job.inputs[0].shape, strict=True))
+    chunk_shape = choose_chunk_shape(step, (z, y, x), budget, executor.n_workers)
+    outputs = [_open_output(job, spec, chunk_shape, overwrite) for spec in job.outputs]
+    write_shape = outputs[0].volume.write_shape
+    core_shape = choose_core_shape(step, write_shape, job.region.shape, budget, executor.n_workers)
+    core_shape = ledger.keep_core_shape(core_shape)
     blocks = split_into_blocks(job.inputs[0].shape, core_shape, step.halo, step.alignment, job.region)
     n_resumed = len(ledger.done)
     n_left = job.region.n_voxels * (1 - n_resumed / len(blocks))
@@ -126,12 +131,10 @@ def run_job(
     return JobResult(tuple(output.volume for output in outputs), len(blocks), n_resumed)
 
 
-def _choose_core_shape(job: BlockJob, outputs: Sequence[Output], executor: Executor, memory_bytes: int) -> Zyx:
-    """The best blocks for the memory budget, less what each process holds anyway: decoded input, and code."""
-    cached = sum(min(READ_CACHE_BYTES, math.prod(volume.info.shape) * volume.dtype.itemsize) for volume in job.inputs)
-    budget = memory_bytes - (cached + FIXED_BYTES) * executor.n_processes
-    write_shape = outputs[0].volume.write_shape
-    return choose_core_shape(job.step, write_shape, job.region.shape, budget, executor.n_workers)
+def _held_bytes(job: BlockJob) -> int:
+    """What each process holds whatever the blocks: decoded input, and code with its buffers."""
+    cached = (min(READ_CACHE_BYTES, math.prod(volume.info.shape) * volume.dtype.itemsize) for volume in job.inputs)
+    return sum(cached) + FIXED_BYTES
 
 
 def _refuse_foreign_outputs(job: BlockJob) -> None:
@@ -143,7 +146,7 @@ def _refuse_foreign_outputs(job: BlockJob) -> None:
             )
 
 
-def _open_output(job: BlockJob, spec: OutputSpec, overwrite: bool) -> Output:
+def _open_output(job: BlockJob, spec: OutputSpec, chunk_shape: Zyx, overwrite: bool) -> Output:
     if overwrite or not spec.path.exists():
         create_volume(
             spec.path,
@@ -151,6 +154,7 @@ def _open_output(job: BlockJob, spec: OutputSpec, overwrite: bool) -> Output:
             spec.n_channels,
             spec.dtype,
             job.voxel_size_nm,
+            chunk_shape,
             kind=spec.kind,
             attributes=job.attributes,
             channel_names=spec.channel_names,

@@ -44,7 +44,11 @@ def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, A
         format_scores("naive", scores.naive),
         f"{'':<12} honest: {scores.honest.note}",
     ]
-    return lines, {"honest": score_values(scores.honest), "naive": score_values(scores.naive)}
+    rounds = result.model.training["honest_macro_f1_by_round"]
+    if len(rounds) > 1:
+        lines.append(f"{'':<12} honest macro F1 by round: {', '.join(f'{value:.3f}' for value in rounds)}")
+    values = {"honest": score_values(scores.honest), "naive": score_values(scores.naive)}
+    return lines, {**values, "honest_macro_f1_by_round": rounds}
 
 
 def score_evaluation(result: Evaluation, note: str = "labels that were not trained on") -> ScoredLabels:

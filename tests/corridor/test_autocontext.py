@@ -1,4 +1,4 @@
-"""A second round that reads the first one's probabilities: no leakage, no seams, saved and calibrated like any model."""
+"""A second round that reads the first one's probabilities: no leakage, no seams, saved like any other."""
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_calibration_corrects_only_the_last_round(context_model):
 def test_slab_regions_cover_the_volume_once(save_volume):
     from voxclf.training.autocontext import _slab_region
 
-    split = split_into_slabs(np.argwhere(np.ones((3, 40, 7))) + [0, 10, 0], 4, (0, 2, 9))
+    split = split_into_slabs(np.argwhere(np.ones((3, 40, 7))) + np.array([0, 10, 0]), 4, (0, 2, 9))
     covered = np.zeros((5, 70, 9), int)
     for slab in range(4):
         region = _slab_region(split, slab, covered.shape)

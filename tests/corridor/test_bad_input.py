@@ -187,14 +187,6 @@ def test_a_damaged_model_description(project, tmp_path, capsys, model_copy, cont
     fails(capsys, 4, "model.json", project, "predict", model_copy, "image.tif", "-o", tmp_path / "OUT")
 
 
-def test_a_memory_budget_that_cannot_hold_a_block(project, tmp_path, capsys):
-    # 64 workers with a block of one chunk each need more than this.
-    large = np.zeros((64, 128, 128), np.uint8)
-    tifffile.imwrite(tmp_path / "large.tif", large)
-    arguments = ("predict", "model", tmp_path / "large.tif", "-o", tmp_path / "OUT", "--memory", "150MB")
-    fails(capsys, 2, "memory budget.*raise --memory", project, *arguments, "--workers", "64")
-
-
 def test_save_and_load_give_the_same_prediction(project):
     first, second = load_model(project / "model"), load_model(project / "model")
     block = np.random.default_rng(0).integers(0, 256, (1, 12, 13, 14), dtype=np.uint8)

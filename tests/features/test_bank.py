@@ -214,7 +214,7 @@ def test_survives_json(bank):
 
 
 def test_neighbours_belong_to_slices():
-    with pytest.raises(ValueError, match="neighbours is True in 3 dimensions.*leave it out"):
+    with pytest.raises(ValueError, match=r"neighbours is True in 3 dimensions.*leave it out"):
         FilterBank("edges", 3, neighbours=True)
     bank = BANKS["multiscale_neighbours"]
     assert bank.halo(SSTEM) == (1, *BANKS["multiscale_2d"].halo(SSTEM)[1:])

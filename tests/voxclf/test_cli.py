@@ -69,7 +69,7 @@ def test_wrong_options_are_explained(arguments, message):
 
 
 def test_missing_inputs_are_named():
-    with pytest.raises(ValueError, match="(?s)volume is missing: TIFF file.*--output is missing: folder"):
+    with pytest.raises(ValueError, match=r"(?s)volume is missing: TIFF file.*--output is missing: folder"):
         parse("predict", "model")
 
 

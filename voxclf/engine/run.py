@@ -176,6 +176,22 @@ def _describe_failure(block: Block, error: Exception) -> str:
     return f"block {block.index} ({block.core}) failed: {type(error).__name__}: {error}"
 
 
+def choose_chunk_shape(step: Step, largest: Zyx, memory_bytes: int, n_workers: int) -> Zyx:
+    """Choose the chunk of an output so that a block of one chunk fits the budget on every worker at once.
+
+    Starts from ``largest`` and halves the side along which the halo costs least, down to 8 voxels; whether that
+    fits is for :func:`choose_core_shape` to say.
+    """
+    chunk = list(largest)
+    while step.working_bytes((chunk[0], chunk[1], chunk[2])) > memory_bytes // n_workers:
+        divisible = [axis for axis in range(3) if chunk[axis] >= 2 * LEAST_CHUNK]
+        if not divisible:
+            break
+        axis = min(divisible, key=lambda a: (step.halo[a], -chunk[a]))
+        chunk[axis] //= 2
+    return chunk[0], chunk[1], chunk[2]
+
+
 def choose_core_shape(
     step: Step,
     write_shape: Zyx,
@@ -198,7 +214,8 @@ def choose_core_shape(
     if step.working_bytes(write_shape) > share:
         need = step.working_bytes(write_shape) * n_workers
         raise ValueError(
-            f"memory budget {memory_bytes / 1e9:.2f} GB is too small: {n_workers} workers with the smallest block "
+            f"the memory budget leaves {max(0, memory_bytes) / 1e9:.2f} GB for blocks, too little: {n_workers} workers "
+            "with the smallest block "
             f"{tuple(write_shape)} need {need / 1e9:.2f} GB; raise --memory, lower --workers or use smaller chunks"
         )
     growable = {0, 1, 2}
@@ -219,6 +236,9 @@ def choose_core_shape(
             core = larger
     return (core[0], core[1], core[2])
 
+
+LEAST_CHUNK = 8
+"""Shortest side a chunk is cut to, voxels: smaller ones cost more files and halos than memory is worth."""
 
 BLOCKS_PER_WORKER = 4
 """Fewest blocks a worker gets, where the region allows: with fewer, workers would wait for the last one."""

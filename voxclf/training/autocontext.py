@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from voxclf.engine.executors import Executor
-from voxclf.engine.run import Output, Receipt, choose_core_shape, map_blocks
+from voxclf.engine.run import Output, Receipt, choose_chunk_shape, choose_core_shape, map_blocks
 from voxclf.feature_stack import FeatureStack
 from voxclf.geometry import Region, Zyx, select_blocks, split_into_blocks
 from voxclf.labels import LabelSet
@@ -22,7 +22,7 @@ from voxclf.models.trees import Classifier, TreePredictor
 from voxclf.probabilities import quantise
 from voxclf.progress import Progress, silent
 from voxclf.sampling import DrawnRows, LabelSurvey, SlabSplit
-from voxclf.volume import Volume, create_volume, open_level
+from voxclf.volume import DEFAULT_CHUNK, Volume, create_volume, open_level
 
 MEMORY_BYTES = 1_000_000_000
 """For the blocks in work; fitting has no budget of its own, because all else it holds is a table of rows."""
@@ -59,9 +59,10 @@ def predict_out_of_fold(
         Opened for reading.
     """
     image = inputs[0]
-    create_volume(
-        path, image.shape, label_set.n_classes, np.uint8, image.voxel_size_nm, kind="probabilities", overwrite=True
-    )
+    z, y, x = (min(c, n) for c, n in zip(DEFAULT_CHUNK, image.shape, strict=True))
+    any_step = TreePredictor(stack, next(iter(models.values())))
+    chunk = choose_chunk_shape(any_step, (z, y, x), MEMORY_BYTES, executor.n_workers)
+    create_volume(path, image.shape, label_set.n_classes, np.uint8, image.voxel_size_nm, chunk, kind="probabilities")
     output = open_level(path, 0, writable=True)
     whole = Region((0, 0, 0), image.shape)
     near_labels = [box.region.grow(context_halo).intersect(whole) for box in survey.boxes]
