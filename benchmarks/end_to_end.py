@@ -342,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=SIZE, help="edge of the phantom")
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--budgets", nargs="+", default=["1GB", "300MB"], help="values of --memory; 1GB is the default")
+    parser.add_argument("--budgets", nargs="+", default=["400MB"], help="values of --memory; 400MB is the default")
     parser.add_argument("--data", type=Path, default=default_data_folder(), help="folder with the real volumes")
     parser.add_argument("--quick", action="store_true", help="small volumes, one repetition, nothing written")
     arguments = parser.parse_args()

@@ -62,6 +62,7 @@ COLUMNS = (
     "predict s",
 )
 SCORES = {"macro F1": "macro_f1", "mean IoU": "mean_iou", "AP": "macro_average_precision", "kappa": "kappa"}
+FOLDS = 3  # of the honest score, instead of 5: a third of the time
 QUICK_TRAINING, QUICK_TREES = 5_000, 10
 
 
@@ -211,7 +212,7 @@ def run_ours(dataset: Dataset, case: Case, seed: int, folder: Path, quick: bool)
     """One ``voxclf run``, from files to scores."""
     output = folder / "run"
     size = ",".join(f"{s:g}" for s in dataset.voxel_size)
-    trial = ["--samples", QUICK_TRAINING, "--trees", QUICK_TREES, "--folds", 2] if quick else []
+    trial = ["--samples", QUICK_TRAINING, "--trees", QUICK_TREES, "--folds", 2] if quick else ["--folds", FOLDS]
     measured = run_voxclf(
         *("run", dataset.volume, dataset.labels, "-o", output, "--validation", dataset.validation),
         *("--voxel-size", size, "--classes", ",".join(dataset.classes), "--region", dataset.region),

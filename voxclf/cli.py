@@ -88,12 +88,18 @@ def _add_command(commands: Any, kind: type[Config]) -> None:
     for name in positional:
         # Optional for argparse, because --config may give it; make_config says what is missing.
         command.add_argument(name, nargs="?", metavar=name.upper(), help=kind.model_fields[name].description)
-    for name, field in kind.model_fields.items():
+    for name in _by_importance(kind):
         if name not in positional:
-            _add_option(command, name, field)
+            _add_option(command, name, kind.model_fields[name])
     command.add_argument("--config", metavar="FILE", help="TOML file with any of these settings")
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
     command.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+
+
+def _by_importance(kind: type[Config]) -> list[str]:
+    """Fields of a command: its own first, then those it shares with others, how it is run last."""
+    declared = (name for part in kind.__mro__ for name in vars(part).get("__annotations__", {}))
+    return [name for name in dict.fromkeys(declared) if name in kind.model_fields]
 
 
 def _add_option(command: argparse.ArgumentParser, name: str, field: Any) -> None:
@@ -141,7 +147,7 @@ def _union_parts(annotation: Any) -> tuple[Any, ...]:
 def _spell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value / 1e9:g}GB" if isinstance(value, int) and value >= 10**8 else str(value)
+    return f"{value // 10**6}MB" if isinstance(value, int) and value >= 10**8 else str(value)
 
 
 def _report_failure(error: BaseException, can_resume: bool) -> int:
