@@ -23,7 +23,7 @@ from voxclf.errors import BlockError, ModelError, OutputExistsError, VoxclfError
 
 Item = TypeVar("Item")
 
-RESUMABLE = {"run", "predict", "features", "convert", "demo"}
+RESUMABLE = {"run", "predict", "features", "convert", "crf-refine", "demo"}
 EXIT_BAD_INPUT = 2
 EXIT_OUTPUT_EXISTS = 3
 EXIT_MODEL = 4

@@ -12,7 +12,7 @@ from voxclf import config as cfg
 from voxclf.progress import Progress
 
 if TYPE_CHECKING:
-    from voxclf.refine import StructureChange
+    from voxclf.metrics.structure import StructureChange
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,15 @@ def _crf_tune(config: cfg.CrfTuneConfig, progress: Progress) -> CommandResult:
 
     result = tune_parameters(config, progress)
     short = "; stopped by --time" if result.is_cut_short else ""
+    contacts = [
+        side.forbidden_contacts(result.unseen_pairs) for side in (result.structure.before, result.structure.after)
+    ]
     lines = [
         format_scores("before", result.before),
         format_scores("after", result.after),
         result.reason,
+        *_structure_lines(result.structure, result.parameters.classes),
+        f"  faces between classes that never touch in the labels: {contacts[0]:,} > {contacts[1]:,}",
         f"tried        {result.n_evaluations} sets of parameters{short}",
         f"written to   {config.output}{'' if result.parameters.enabled else ' (enabled = false)'}",
     ]
@@ -158,9 +163,9 @@ COUNTED = ("components", "specks", "holes")
 
 
 def _structure_lines(change: StructureChange, names: tuple[str, ...]) -> list[str]:
-    """Objects per class before and after, from the central box of the volume."""
+    """Objects per class before and after."""
     width = max(map(len, names))
-    lines = [f"objects      in {change.box}, before > after; specks are smaller than {change.speck_nm3:.3g} nm3"]
+    lines = [f"objects      in {change.place}, before > after; specks are smaller than {change.speck_nm3:.3g} nm3"]
     for k, name in enumerate(names):
         counts = "  ".join(
             f"{kind} {getattr(change.before, kind)[k]} > {getattr(change.after, kind)[k]}" for kind in COUNTED
@@ -174,7 +179,7 @@ def _structure_values(change: StructureChange) -> dict[str, Any]:
     counts = {
         side: {kind: getattr(found, kind).tolist() for kind in (*COUNTED, "contacts")} for side, found in sides.items()
     }
-    return {"box": str(change.box), "speck_nm3": change.speck_nm3, **counts}
+    return {"place": change.place, "speck_nm3": change.speck_nm3, **counts}
 
 
 def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:

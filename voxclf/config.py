@@ -268,9 +268,14 @@ class CrfRefineConfig(PredictionInput, BlockwiseConfig):
     memory: MemoryBytes = Field(
         4_000_000_000, description="budget for the blocks in work, e.g. 16GB; larger blocks waste less on their halo"
     )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="threads of a block, or with --executor processes blocks at once; default: one per core",
+    )
 
 
-class CrfTuneConfig(PredictionInput, WorkerOptions, OverwriteOption):
+class CrfTuneConfig(PredictionInput, OverwriteOption):
     """``voxclf crf-tune``."""
 
     command = "crf-tune"
@@ -286,6 +291,7 @@ class CrfTuneConfig(PredictionInput, WorkerOptions, OverwriteOption):
     unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     n_iterations: int = Field(10, ge=1, le=1000, description="mean-field iterations")
     time: Seconds = Field(300.0, description="when to stop the search, e.g. 90s, 5m or 1h")
+    workers: int | None = Field(None, ge=1, description="tiles refined at once; default: one per core")
     seed: int = Field(0, ge=0, description="seed of everything random")
 
 

@@ -76,7 +76,7 @@ def bootstrap_scores(
     if len(slabs) < 2:
         return {name: Interval(getattr(scores, name), np.nan, np.nan) for name in SCALAR_SCORES}
     draws = _draw_scores(slabs, total.support > 0, rng, n_draws)
-    tail = _expanded_tail((1 - confidence) / 2, len(slabs))
+    tail = expanded_tail((1 - confidence) / 2, len(slabs))
     intervals = {}
     for name in SCALAR_SCORES:
         known = draws[name][~np.isnan(draws[name])]
@@ -106,7 +106,7 @@ def _draw_scores(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _expanded_tail(tail: float, n_slabs: int) -> float:
+def expanded_tail(tail: float, n_slabs: int) -> float:
     from scipy.special import ndtr, stdtrit
 
     return float(ndtr(np.sqrt(n_slabs / (n_slabs - 1)) * stdtrit(n_slabs - 1, tail)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from voxclf.metrics.bootstrap import Interval
+from voxclf.metrics.bootstrap import Interval, expanded_tail
 from voxclf.metrics.voxelwise import ScoreTables, score_batch
 
 GAINS = ("macro_f1", "mean_iou")
@@ -63,7 +63,7 @@ def bootstrap_gain(
         return {name: Interval(float(value[name][1] - value[name][0]), np.nan, np.nan) for name in GAINS}
     weights = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=n_draws)
     drawn = [_score(np.tensordot(weights, table, axes=1), present) for table in counts]
-    tail = _expanded_tail((1 - confidence) / 2, len(kept))
+    tail = expanded_tail((1 - confidence) / 2, len(kept))
     intervals = {}
     for name in GAINS:
         gains = drawn[1][name] - drawn[0][name]
@@ -75,10 +75,3 @@ def bootstrap_gain(
 def _score(confusion: NDArray[np.int64], present: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
     no_levels = np.zeros((*confusion.shape[:-1], 2), np.int64)
     return score_batch(confusion, no_levels, no_levels, present)
-
-
-def _expanded_tail(tail: float, n_cells: int) -> float:
-    """Normal quantiles become t quantiles, and n becomes n - 1 (Hesterberg 2015)."""
-    from scipy.special import ndtr, stdtrit
-
-    return float(ndtr(np.sqrt(n_cells / (n_cells - 1)) * stdtrit(n_cells - 1, tail)))

@@ -6,13 +6,17 @@ because an object is only known once all of it has been seen: score a box, not a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxclf.geometry import VoxelSize
+
+SPECK_VOXELS = 27
+"""A piece of less than 3 x 3 x 3 voxels is a speck unless told otherwise: less than the finest filter tells apart."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,41 @@ class StructureCounts:
     holes: NDArray[np.int64]
     contacts: NDArray[np.int64]
 
+    def __add__(self, other: StructureCounts) -> StructureCounts:
+        """The counts of two regions; a piece that reaches into both counts twice."""
+        return StructureCounts(
+            self.components + other.components,
+            self.specks + other.specks,
+            self.holes + other.holes,
+            self.contacts + other.contacts,
+        )
+
     def forbidden_contacts(self, pairs: Iterable[tuple[int, int]]) -> int:
         """Voxel faces between pairs of class indices that must not touch; (a, b) is the same pair as (b, a)."""
         return sum(int(self.contacts[a, b]) for a, b in {(min(pair), max(pair)) for pair in pairs})
+
+
+@dataclass(frozen=True)
+class StructureChange:
+    """Objects of two predictions of the same voxels.
+
+    Parameters
+    ----------
+    place : str
+        Where they were counted.
+    speck_nm3 : float
+    before, after : StructureCounts
+    """
+
+    place: str
+    speck_nm3: float
+    before: StructureCounts
+    after: StructureCounts
+
+
+def choose_speck_volume(voxel_size_nm: VoxelSize) -> float:
+    """Cubic nanometres below which a piece is a speck: :data:`SPECK_VOXELS` voxels."""
+    return SPECK_VOXELS * math.prod(voxel_size_nm)
 
 
 def count_structures(
@@ -74,7 +110,7 @@ def count_structures(
     _check(classes, n_classes)
     if not speck_nm3 >= 0:
         raise ValueError(f"speck_nm3 is {speck_nm3}; give a volume in cubic nanometres, 0 to count no specks")
-    components, specks = _count_pieces(classes, n_classes, speck_nm3 / float(np.prod(voxel_size_nm)))
+    components, specks = _count_pieces(classes, n_classes, speck_nm3 / math.prod(voxel_size_nm))
     holes = np.array([_count_holes(classes == k) for k in range(n_classes)], np.int64)
     return StructureCounts(components, specks, holes, count_contacts(classes, n_classes))
 
@@ -156,7 +192,7 @@ def count_contacts(classes: NDArray[np.integer], n_classes: int) -> NDArray[np.i
     return touching + touching.T - np.diag(np.diag(touching))
 
 
-def find_unseen_contacts(truth_contacts: NDArray[np.int64]) -> Sequence[tuple[int, int]]:
+def find_unseen_contacts(truth_contacts: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Pairs of classes that both occur in the truth and never touch there: what a prediction should not show.
 
     Parameters
@@ -166,7 +202,7 @@ def find_unseen_contacts(truth_contacts: NDArray[np.int64]) -> Sequence[tuple[in
 
     Returns
     -------
-    sequence of (int, int)
+    list of (int, int)
         Class indices, a < b.
     """
     occurs = truth_contacts.sum(axis=1) > 0

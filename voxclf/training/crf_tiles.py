@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -17,9 +17,10 @@ from voxclf.sampling import LabelSurvey
 from voxclf.volume import Volume
 
 LARGEST_TILE: Zyx = (32, 64, 64)
-SMALLEST_TILE = 16
+SMALLEST_CELL = 16
 MAX_BOXES = 512
 """Labelled boxes looked at; of more, as dense labels of a large volume have, a random choice is enough."""
+LEAST_CELLS = 4
 N_SPLITS = 64
 
 
@@ -64,7 +65,9 @@ class LoadedTile:
 
     def with_halo(self, halo: Zyx) -> list[np.ndarray]:
         """Image and probabilities with a halo of at most the one that was read."""
-        cut = tuple(slice(h - n, size - (h - n)) for h, n, size in zip(self.halo, halo, self.image.shape[1:], strict=True))
+        cut = tuple(
+            slice(h - n, size - (h - n)) for h, n, size in zip(self.halo, halo, self.image.shape[1:], strict=True)
+        )
         return [self.image[:, *cut], self.stored[:, *cut]]
 
     @property
@@ -73,11 +76,9 @@ class LoadedTile:
         return self.with_halo(ORIGIN)[1]
 
 
-def choose_tile_shape(hull: Region) -> Zyx:
-    """A quarter of the labelled extent, between 16 voxels and (32, 64, 64): small volumes need several tiles too."""
-    z, y, x = (
-        min(n, most, max(SMALLEST_TILE, n // 4)) for n, most in zip(hull.shape, LARGEST_TILE, strict=True)
-    )
+def choose_cell_shape(hull: Region) -> Zyx:
+    """A quarter of the labelled extent, between 16 voxels and (32, 64, 64): small volumes need several cells too."""
+    z, y, x = (min(n, most, max(SMALLEST_CELL, n // 4)) for n, most in zip(hull.shape, LARGEST_TILE, strict=True))
     return z, y, x
 
 
@@ -99,22 +100,26 @@ def find_tiles(inputs: TuningInputs, survey: LabelSurvey, region: Region, rng: n
     if len(boxes) > MAX_BOXES:
         boxes = [boxes[i] for i in np.sort(rng.choice(len(boxes), MAX_BOXES, replace=False))]
     hull = _hull(boxes)
-    shape = choose_tile_shape(hull)
-    grid = CellGrid.over(hull, shape)
-    return list(_cut(inputs, boxes, shape, grid))
+    grid = CellGrid.over(hull, choose_cell_shape(hull))
+    pieces = [piece for box in boxes for piece in grid.split(box)]
+    return [tile for cell, piece in pieces for tile in _cut(inputs, cell, piece)]
 
 
-def _cut(inputs: TuningInputs, boxes: Sequence[Region], shape: Zyx, grid: CellGrid) -> Iterator[Tile]:
-    for box in boxes:
-        starts = [range(a, b, n) for a, b, n in zip(box.start, box.stop, shape, strict=True)]
-        for start in product(*starts):
-            stop = tuple(min(a + n, b) for a, n, b in zip(start, shape, box.stop, strict=True))
-            core = Region(start, stop)  # type: ignore[arg-type]
-            classes = read_classes(inputs, core)
-            counts = np.bincount(classes[classes >= 0], minlength=inputs.label_set.n_classes)
-            if counts.any():
-                centre = (np.array(core.start) + np.array(core.stop)) // 2
-                yield Tile(core, int(grid.number(centre[None])[0]), counts)
+def _cut(inputs: TuningInputs, cell: int, piece: Region) -> Iterator[Tile]:
+    """Cut the part of a box in one cell into tiles of equal size, and keep those with labels."""
+    for ranges in product(*map(_cut_evenly, piece.start, piece.stop, LARGEST_TILE)):
+        start, stop = zip(*ranges, strict=True)
+        core = Region(start, stop)
+        classes = read_classes(inputs, core)
+        counts = np.bincount(classes[classes >= 0], minlength=inputs.label_set.n_classes)
+        if counts.any():
+            yield Tile(core, cell, counts)
+
+
+def _cut_evenly(start: int, stop: int, longest: int) -> list[tuple[int, int]]:
+    n_parts = -(-(stop - start) // longest)
+    edges = [start + i * (stop - start) // n_parts for i in range(n_parts + 1)]
+    return list(pairwise(edges))
 
 
 def read_classes(inputs: TuningInputs, core: Region) -> np.ndarray:
@@ -145,10 +150,10 @@ def split_cells(tiles: Sequence[Tile], rng: np.random.Generator) -> tuple[list[T
         If the labels lie in fewer than four cells, too few to keep apart.
     """
     cells = np.array(sorted({tile.cell for tile in tiles}))
-    if len(cells) < 4:
+    if len(cells) < LEAST_CELLS:
         raise ValueError(
-            f"labels lie in {len(cells)} separate places of {choose_tile_shape(_hull([t.core for t in tiles]))} voxels "
-            "(z, y, x) or more, too few to tune on some and judge on others; at least 4 are needed: label more places"
+            f"labels lie in only {len(cells)} cells of at least {SMALLEST_CELL} voxels a side, too few to tune on some "
+            f"and judge on others; at least {LEAST_CELLS} are needed: label more places"
         )
     table = np.stack([sum(tile.counts for tile in tiles if tile.cell == cell) for cell in cells])
     total = np.maximum(table.sum(axis=0), 1)

@@ -21,12 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from voxclf.geometry import VoxelSize, Zyx
+from voxclf.geometry import VoxelSize
 from voxclf.labels import LabelSet
 from voxclf.metrics.bootstrap import Interval
 from voxclf.metrics.cells import CellTables
 from voxclf.metrics.paired import bootstrap_gain
 from voxclf.metrics.scored import ScoredLabels
+from voxclf.metrics.structure import (
+    StructureChange,
+    StructureCounts,
+    choose_speck_volume,
+    count_structures,
+    find_unseen_contacts,
+)
 from voxclf.metrics.voxelwise import ScoreTables, score_block, score_tables
 from voxclf.models.crf_parameters import CrfParameters
 from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_window
@@ -77,6 +84,10 @@ class CrfTuning:
         Of the judging tiles.
     gain : mapping of str to Interval
         Macro F1 and mean IoU, after minus before, on the judging tiles.
+    structure : StructureChange
+        Objects in the judging tiles, those of unlabelled voxels included.
+    unseen_pairs : list of (int, int)
+        Pairs of classes that never touch in the labels of any tile.
     tuned_macro_f1 : (before, after)
         On the tuning tiles; more than the gain, as always on what was tuned on.
     n_evaluations : int
@@ -90,13 +101,15 @@ class CrfTuning:
     before: ScoredLabels
     after: ScoredLabels
     gain: Mapping[str, Interval]
+    structure: StructureChange
+    unseen_pairs: list[tuple[int, int]]
     tuned_macro_f1: tuple[float, float]
     n_evaluations: int
     is_cut_short: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As values for TOML and JSON; what is undefined is left out."""
-        shown = {
+        shown: dict[str, Any] = {
             "reason": self.reason,
             "macro_f1_gain": _interval_values(self.gain["macro_f1"]),
             "mean_iou_gain": _interval_values(self.gain["mean_iou"]),
@@ -112,6 +125,9 @@ class CrfTuning:
                 for key, value in scores.items()
                 if key in ("macro_f1", "mean_iou", "accuracy", "f1", "iou")
             }
+        for name, counts in (("before", self.structure.before), ("after", self.structure.after)):
+            shown[name] |= {kind: getattr(counts, kind).tolist() for kind in ("components", "specks", "holes")}
+            shown[name]["unseen_contacts"] = counts.forbidden_contacts(self.unseen_pairs)
         return shown
 
 
@@ -171,10 +187,12 @@ def tune_crf(
         for _ in progress("tune CRF", search.evaluations(), search.n_planned, "trial"):
             pass
         judged = pool.map(lambda tile: _judge_tile(inputs, tile, search.best), to_judge)
-        before, after = CellTables(), CellTables()
-        for cells in progress("judge CRF", judged, len(to_judge), "tile"):
-            before, after = before + cells[0], after + cells[1]
-    return _conclude(search, before, after, inputs.label_set, seed)
+        before, after = (
+            sum(side[1:], start=side[0])
+            for side in zip(*progress("judge CRF", judged, len(to_judge), "tile"), strict=True)
+        )
+    unseen = find_unseen_contacts(space.contacts + sum_contacts(inputs, to_judge))
+    return _conclude(search, before, after, unseen, inputs, seed)
 
 
 def make_refiner(parameters: CrfParameters, inputs: TuningInputs) -> CrfRefiner:
@@ -193,30 +211,56 @@ def _refine(tile: LoadedTile, parameters: CrfParameters, inputs: TuningInputs) -
     return refiner(*tile.with_halo(refiner.halo))
 
 
-def _judge_tile(inputs: TuningInputs, tile: Tile, parameters: CrfParameters) -> tuple[CellTables, CellTables]:
+@dataclass(frozen=True)
+class _Judged:
+    """What one prediction of some tiles amounts to; adds up."""
+
+    cells: CellTables
+    structure: StructureCounts
+
+    def __add__(self, other: _Judged) -> _Judged:
+        return _Judged(self.cells + other.cells, self.structure + other.structure)
+
+
+def _judge_tile(inputs: TuningInputs, tile: Tile, parameters: CrfParameters) -> tuple[_Judged, _Judged]:
+    """Before and after."""
     loaded = load_tile(inputs, tile, make_refiner(parameters, inputs).halo)
     refined = quantise(_refine(loaded, parameters, inputs))
-    tables = [
-        score_block(loaded.classes, probabilities, None, inputs.label_set.n_classes)
-        for probabilities in (np.ascontiguousarray(loaded.stored_core), refined)
-    ]
-    return CellTables({tile.cell: tables[0]}), CellTables({tile.cell: tables[1]})
+    size, n_classes = inputs.image.voxel_size_nm, inputs.label_set.n_classes
+
+    def judge(probabilities: np.ndarray) -> _Judged:
+        tables = score_block(loaded.classes, np.ascontiguousarray(probabilities), None, n_classes)
+        predicted = probabilities.argmax(axis=0)
+        structure = count_structures(predicted, n_classes, size, choose_speck_volume(size))
+        return _Judged(CellTables({tile.cell: tables}), structure)
+
+    return judge(loaded.stored_core), judge(refined)
 
 
-def _conclude(search: _Search, before: CellTables, after: CellTables, label_set: LabelSet, seed: int) -> CrfTuning:
-    gain = bootstrap_gain(before.cells, after.cells, np.random.default_rng(seed))
+def _conclude(
+    search: _Search,
+    before: _Judged,
+    after: _Judged,
+    unseen_pairs: list[tuple[int, int]],
+    inputs: TuningInputs,
+    seed: int,
+) -> CrfTuning:
+    gain = bootstrap_gain(before.cells.cells, after.cells.cells, np.random.default_rng(seed))
     f1, iou = gain["macro_f1"], gain["mean_iou"]
     is_significant = f1.low > 0 and iou.value >= 0
     found = f"macro F1 {f1.value:+.4f} [{f1.low:+.4f}, {f1.high:+.4f}], mean IoU {iou.value:+.4f}"
     verdict = "the gain is significant" if is_significant else "no CRF: the gain is not significant"
-    note = f"{len(before.cells)} cells that were not tuned on"
+    note = f"{len(before.cells.cells)} cells that were not tuned on"
+    n_classes, speck_nm3 = inputs.label_set.n_classes, choose_speck_volume(inputs.image.voxel_size_nm)
     return CrfTuning(
         replace(search.best, enabled=bool(is_significant)),
         f"{verdict} on {note}: {found}",
-        ScoredLabels.from_cells(before, label_set.n_classes, note, seed),
-        ScoredLabels.from_cells(after, label_set.n_classes, note, seed),
+        ScoredLabels.from_cells(before.cells, n_classes, note, seed),
+        ScoredLabels.from_cells(after.cells, n_classes, note, seed),
         gain,
-        (search.score_before, search.best_score),
+        StructureChange(note, speck_nm3, before.structure, after.structure),
+        unseen_pairs,
+        (search.score_before, max(search.best_score, 0.0)),
         search.n_evaluations,
         search.is_cut_short,
     )
@@ -282,7 +326,8 @@ class SearchSpace:
     def parameters(self, point: np.ndarray, log_factors: Sequence[float] = ()) -> CrfParameters:
         """The parameters of a point; factors multiply the penalties of the first of :attr:`pairs`."""
         values = [
-            low * (high / low) ** float(u) for u, (low, high) in zip(np.clip(point, 0, 1), BOUNDS.values(), strict=False)
+            low * (high / low) ** float(u)
+            for u, (low, high) in zip(np.clip(point, 0, 1), BOUNDS.values(), strict=False)
         ]
         finest = min(self.voxel_size_nm)
         share = float(np.clip(point[-1], 0, 1))
@@ -312,7 +357,7 @@ def _as_weight(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 class _SearchOver(Exception):  # noqa: N818 - it ends a search, nothing failed
-    """Raised inside the optimiser when time is up or the caller has gone."""
+    """Raised inside the optimiser when nothing is left to gain, time is up, or the caller has gone."""
 
 
 @dataclass(eq=False)
@@ -352,7 +397,6 @@ class _Search:
                 self._optimise(results.put)
                 results.put(None)
             except _SearchOver:
-                self.is_cut_short = True
                 results.put(None)
             except BaseException as error:
                 results.put(error)
@@ -370,7 +414,6 @@ class _Search:
 
     def _optimise(self, report: Callable[[float], None]) -> None:
         from scipy.optimize import minimize
-        from scipy.stats import qmc
 
         space = self.space
         scored: list[tuple[float, np.ndarray]] = []
@@ -381,9 +424,9 @@ class _Search:
             report(score)
             return -score
 
-        n_random = N_START_POINTS - len(HAND_PICKED)
-        spread = qmc.Sobol(space.n_dimensions, seed=self.seed).random_base2(max(1, int(np.ceil(np.log2(n_random)))))
-        for point in [*(space.locate(values) for values in HAND_PICKED), *spread[:n_random]]:
+        for values in HAND_PICKED:
+            try_point(space.locate(values))
+        for point in _latin_hypercube(N_START_POINTS - len(HAND_PICKED), space.n_dimensions, self.seed):
             try_point(point)
         start = max(scored, key=lambda item: item[0])[1]
         minimize(
@@ -405,7 +448,10 @@ class _Search:
         )
 
     def _evaluate(self, parameters: CrfParameters) -> float:
-        if self._is_stopped.is_set() or (time.monotonic() > self._deadline and self.n_evaluations):
+        if self._is_stopped.is_set() or self.best_score >= 1 or self.score_before >= 1:
+            raise _SearchOver
+        if time.monotonic() > self._deadline and self.n_evaluations:
+            self.is_cut_short = True
             raise _SearchOver
         score = self._macro_f1(lambda tile: _refine(tile, parameters, self.inputs))
         self.n_evaluations += 1
@@ -422,17 +468,16 @@ class _Search:
         return score_tables(sum(self.pool.map(count, self.tiles), ScoreTables.zeros(n_classes))).macro_f1
 
 
+def _latin_hypercube(n_points: int, n_dimensions: int, seed: int) -> np.ndarray:
+    """Points of the unit cube that lie in different n-ths of every axis."""
+    rng = np.random.default_rng(seed)
+    strata = rng.permuted(np.tile(np.arange(n_points), (n_dimensions, 1)), axis=1).T
+    return (strata + rng.random(strata.shape)) / n_points
+
+
 def _simplex(start: np.ndarray, side: float = 0.2) -> np.ndarray:
     """Corners around a start, inside the unit cube."""
     corners = np.tile(start, (len(start) + 1, 1))
     for i in range(len(start)):
         corners[i + 1, i] += side if start[i] <= 0.5 else -side
     return corners
-
-
-def describe_halo(halo: Zyx, tolerance: float) -> str:
-    """What a halo stands for, in words."""
-    return (
-        f"halo of {halo} voxels (z, y, x) around each block: about {tolerance:.3%} of labels may differ from those of "
-        "the whole volume refined at once"
-    )

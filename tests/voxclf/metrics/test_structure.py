@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from voxclf.metrics.structure import count_contacts, count_structures, find_unseen_contacts
+from voxclf.metrics.structure import choose_speck_volume, count_contacts, count_structures, find_unseen_contacts
 
 UNIT = (1.0, 1.0, 1.0)
 
@@ -99,3 +99,11 @@ def test_pairs_that_never_touch_in_the_truth():
 def test_wrong_input_is_named(classes, speck, message):
     with pytest.raises(ValueError, match=message):
         count_structures(classes, 2, UNIT, speck)
+
+
+def test_counts_of_two_regions_add_up():
+    one = count_structures(np.zeros((2, 3, 4), np.int16), 2, UNIT, 0)
+    both = one + one
+    assert both.components.tolist() == [2, 0]
+    assert both.contacts.tolist() == [[2 * (12 + 16 + 18), 0], [0, 0]]
+    assert choose_speck_volume((50.0, 4.0, 5.0)) == 27_000

@@ -1,0 +1,280 @@
+"""Tuning the CRF: it must help where it can, and say "no CRF" where nothing is to be gained."""
+
+import re
+import time
+import tomllib
+
+import numpy as np
+import pytest
+
+from tests.conftest import VOXEL_SIZE_NM, draw_cells
+from tests.voxclf.noisy import THREE, noisy_probabilities
+from voxclf import cli
+from voxclf.config import CrfTuneConfig, make_config
+from voxclf.geometry import Region
+from voxclf.models.crf_parameters import CrfParameters
+from voxclf.refine import tune_parameters
+from voxclf.training import tune_crf as tuning
+from voxclf.training.crf_tiles import Tile, TuningInputs, draw_tiles, find_tiles, load_tile, split_cells
+from voxclf.volume import create_volume, open_volume
+
+SHAPE = (24, 48, 52)
+
+
+@pytest.fixture(autouse=True)
+def short_search(monkeypatch):
+    """A few trials on a few tiles: enough to see which way it goes."""
+    for name, value in {
+        "N_START_POINTS": 4,
+        "N_SIMPLEX": 4,
+        "N_PAIRS": 3,
+        "N_TUNING_TILES": 4,
+        "N_JUDGING_TILES": 8,
+    }.items():
+        monkeypatch.setattr(tuning, name, value)
+
+
+def write(path, array, kind, **options):
+    array = array if array.ndim == 4 else array[None]
+    volume = create_volume(path, array.shape[1:], len(array), array.dtype, VOXEL_SIZE_NM, kind=kind, **options)
+    volume.write((0, 0, 0), array)
+    return path
+
+
+@pytest.fixture
+def save_case(tmp_path):
+    """Write image, probabilities as predict does, and labels; returns a function that tunes on them."""
+
+    def save(image, probabilities, labels, region=None):
+        region = region or Region((0, 0, 0), image.shape)
+        attributes = {"provenance": {"region": str(region)}, **THREE.to_dict()}
+        stored = np.rint(probabilities * 255).astype(np.uint8)
+        write(tmp_path / "image.zarr", image, "image")
+        write(tmp_path / "probabilities.zarr", stored, "probabilities", attributes=attributes)
+        write(tmp_path / "labels.zarr", labels, "labels")
+
+        def tune(output="crf.toml", **options):
+            values = {
+                "prediction": str(tmp_path / "probabilities.zarr"),
+                "volume": str(tmp_path / "image.zarr"),
+                "labels": str(tmp_path / "labels.zarr"),
+                "output": str(tmp_path / output),
+                "n_iterations": 4,
+                **options,
+            }
+            return tune_parameters(make_config(CrfTuneConfig, values))
+
+        return tune
+
+    return save
+
+
+@pytest.fixture
+def cells_case():
+    return draw_cells(SHAPE, seed=5)
+
+
+def test_a_crf_that_must_help_is_found_and_kept(save_case, cells_case, tmp_path):
+    image, truth = cells_case
+    result = save_case(image, noisy_probabilities(truth), truth)()
+    assert result.parameters.enabled
+    assert result.gain["macro_f1"].low > 0.05
+    assert result.after.scores.macro_f1 > result.before.scores.macro_f1 + 0.05
+    assert result.tuned_macro_f1[1] > result.tuned_macro_f1[0]
+    assert CrfParameters.load(tmp_path / "crf.toml") == result.parameters
+    values = tomllib.loads((tmp_path / "crf.toml").read_text(encoding="utf-8"))
+    assert values["enabled"] is True
+    assert values["classes"] == ["inside", "membrane", "blob"]
+    assert values["tuning"]["macro_f1_gain"]["low"] == result.gain["macro_f1"].low
+    assert values["tuning"]["labels"]["shape"] == list(SHAPE)
+    assert len(values["tuning"]["before"]["iou"]) == 3
+    # Specks vanish, and classes no longer touch where the labels never show it.
+    before, after = values["tuning"]["before"], values["tuning"]["after"]
+    assert sum(after["specks"]) < 0.2 * sum(before["specks"])
+    assert result.structure.before.specks.tolist() == before["specks"]
+
+
+def test_labels_on_slices_are_enough(save_case, cells_case, tmp_path):
+    image, truth = cells_case
+    sparse = np.zeros_like(truth)
+    sparse[12], sparse[:, 20], sparse[:, :, 25] = truth[12], truth[:, 20], truth[:, :, 25]
+    tune = save_case(image, noisy_probabilities(truth), sparse)
+    np.save(tmp_path / "labels.npy", sparse)  # states no voxel size
+    assert tune(labels=str(tmp_path / "labels.npy")).parameters.enabled
+    assert CrfParameters.load(tmp_path / "crf.toml").enabled
+
+
+def test_perfect_probabilities_need_no_crf(save_case, cells_case, tmp_path):
+    image, truth = cells_case
+    result = save_case(image, noisy_probabilities(truth, noise=0.0), truth)()
+    assert not result.parameters.enabled
+    assert "no CRF" in result.reason
+    assert result.n_evaluations == 0
+    assert tomllib.loads((tmp_path / "crf.toml").read_text(encoding="utf-8"))["enabled"] is False
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_labels_give_no_crf(save_case, cells_case, seed):
+    image, truth = cells_case
+    random = np.random.default_rng(seed).integers(1, 4, SHAPE).astype(np.uint8)
+    result = save_case(image, noisy_probabilities(truth), random)(seed=seed)
+    assert not result.parameters.enabled
+    assert "no CRF: the gain is not significant" in result.reason
+
+
+def test_the_same_seed_gives_the_same_parameters(save_case, cells_case, tmp_path):
+    image, truth = cells_case
+    tune = save_case(image, noisy_probabilities(truth, noise=2.0), truth)
+    tune("a.toml", workers=1)
+    tune("b.toml", workers=2)
+    one, two = ((tmp_path / name).read_text(encoding="utf-8").splitlines()[1:] for name in ("a.toml", "b.toml"))
+    assert one == two
+
+
+def test_time_ends_the_search(save_case, cells_case, monkeypatch):
+    image, truth = cells_case
+    tune = save_case(image, noisy_probabilities(truth, noise=2.0), truth)
+    monkeypatch.setattr(tuning, "N_SIMPLEX", 10_000)
+    started = time.monotonic()
+    result = tune(time="1s")
+    assert result.is_cut_short
+    assert result.n_evaluations >= 1
+    assert time.monotonic() - started < 20
+
+
+def test_only_what_was_predicted_is_tuned_on(save_case, cells_case):
+    image, truth = cells_case
+    region = Region((0, 0, 0), (24, 48, 40))
+    probabilities = noisy_probabilities(truth)
+    probabilities[..., 40:] = 0
+    assert save_case(image, probabilities, truth, region)().parameters.enabled
+
+
+# --- the parts ---
+
+
+def tile(cell, *counts):
+    return Tile(Region((0, 0, cell), (1, 1, cell + 1)), cell, np.array(counts))
+
+
+def test_cells_are_never_shared_and_the_rare_class_is_on_both_sides():
+    tiles = [tile(cell, 100, 5 if cell in (2, 7) else 0) for cell in range(10) for _ in range(3)]
+    to_tune, to_judge = split_cells(tiles, np.random.default_rng(0))
+    assert {t.cell for t in to_tune} & {t.cell for t in to_judge} == set()
+    assert len(to_tune) + len(to_judge) == len(tiles)
+    for part in (to_tune, to_judge):
+        assert {t.cell for t in part} & {2, 7}
+
+
+def test_every_cell_is_drawn_from_before_any_twice():
+    tiles = [tile(cell, 1) for cell in range(5) for _ in range(4)]
+    drawn = draw_tiles(tiles, 7, np.random.default_rng(0))
+    assert len(drawn) == 7
+    assert {t.cell for t in drawn[:5]} == set(range(5))
+
+
+def test_a_tile_can_be_read_with_a_large_halo_and_used_with_a_small_one(save_case, cells_case, tmp_path):
+    image, truth = cells_case
+    save_case(image, noisy_probabilities(truth), truth)
+    volumes = [open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr")]
+    inputs = TuningInputs(*volumes, open_volume(tmp_path / "labels.zarr", kind="labels"), THREE)
+    core = Region((8, 16, 16), (16, 32, 32))
+    loaded = load_tile(inputs, Tile(core, 0, np.ones(3)), (6, 20, 20))
+    np.testing.assert_array_equal(loaded.classes, truth[core.slices] - 1)
+    grey, stored = loaded.with_halo((2, 4, 4))
+    np.testing.assert_array_equal(grey[0], image[6:18, 12:36, 12:36])
+    np.testing.assert_array_equal(stored[:, 2:-2, 4:-4, 4:-4], loaded.stored_core)
+
+
+def test_penalties_spare_the_classes_that_touch():
+    contacts = np.array([[900, 90, 10], [90, 800, 0], [10, 0, 50]])
+    penalties = tuning.contact_penalties(contacts)
+    np.testing.assert_array_equal(np.diag(penalties), 0)
+    np.testing.assert_allclose(penalties, penalties.T)
+    assert penalties[~np.eye(3, dtype=bool)].mean() == pytest.approx(1)
+    assert penalties[1, 2] > penalties[0, 2] > penalties[0, 1]
+    np.testing.assert_allclose(tuning.contact_penalties(np.zeros((3, 3), int)), 1 - np.eye(3))
+
+
+def test_points_of_the_search_are_parameters_within_bounds():
+    contacts = np.array([[9, 4, 1], [4, 9, 0], [1, 0, 9]])
+    space = tuning.SearchSpace(VOXEL_SIZE_NM, THREE, 10, None, contacts)
+    for values in tuning.HAND_PICKED:
+        parameters = space.parameters(space.locate(values))
+        assert parameters.bilateral_sigma_nm[0] == pytest.approx(values[0] * 10)
+        assert parameters.intensity_sigma == pytest.approx(values[1])
+        parameters.make_crf()
+    potts = space.parameters(space.locate(tuning.HAND_PICKED[1]))
+    assert potts.bilateral_weight == ((0, 3, 3), (3, 0, 3), (3, 3, 0))
+    assert space.pairs == [(0, 1), (0, 2), (1, 2)]
+    changed = space.parameters(space.locate(tuning.HAND_PICKED[1]), [np.log(2)]).bilateral_weight
+    assert changed == ((0, 6, 3), (6, 0, 3), (3, 3, 0))
+    corners = tuning._simplex(np.array([0.1, 0.9, 0.5, 1, 0, 0.3]))
+    assert corners.shape == (7, 6)
+    assert corners.min() >= 0
+    assert corners.max() <= 1
+
+
+# --- bad input ---
+
+
+def one_place(image, truth):
+    labels = np.zeros_like(truth)
+    labels[:16, :16, :30] = truth[:16, :16, :30]
+    return labels
+
+
+BAD = [
+    (lambda image, truth: np.zeros_like(truth), {}, 2, "hold no labelled voxel"),
+    (lambda image, truth: (truth > 0).astype(np.uint8), {}, 2, "hold only one class"),
+    (lambda image, truth: np.where(truth == 1, 9, truth).astype(np.uint8), {}, 2, "ids that are no class: 9"),
+    (one_place, {}, 2, "only 1 cells of at least 16 voxels .* at least 4 are needed"),
+    (lambda image, truth: truth[:-1], {}, 2, r"shape \(23, 48, 52\) but the volume has \(24, 48, 52\)"),
+    (lambda image, truth: truth, {"time": "soon"}, 2, "--time was 'soon': give a number and a unit, for example 90s"),
+    (lambda image, truth: truth, {"voxel-size": "20,10,20"}, 2, r"voxel size .* nm but"),
+]
+
+
+@pytest.mark.parametrize(("relabel", "options", "code", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input_has_its_own_message(save_case, cells_case, tmp_path, capsys, relabel, options, code, message):
+    image, truth = cells_case
+    save_case(image, noisy_probabilities(truth), relabel(image, truth))
+    paths = [str(tmp_path / f"{name}.zarr") for name in ("probabilities", "image", "labels")]
+    given = [f"--{name}={value}" for name, value in options.items()]
+    assert cli.main(["crf-tune", *paths, "-o", str(tmp_path / "crf.toml"), *given]) == code
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert not (tmp_path / "crf.toml").exists()
+
+
+def test_a_file_that_is_there_is_kept(save_case, cells_case, tmp_path, capsys):
+    image, truth = cells_case
+    save_case(image, noisy_probabilities(truth), truth)
+    (tmp_path / "crf.toml").write_text("mine")
+    paths = [str(tmp_path / f"{name}.zarr") for name in ("probabilities", "image", "labels")]
+    command = ["crf-tune", *paths, "-o", str(tmp_path / "crf.toml"), "--n-iterations", "2"]
+    assert cli.main(command) == 3
+    assert (tmp_path / "crf.toml").read_text() == "mine"
+    assert cli.main([*command, "--overwrite"]) == 0
+    printed = capsys.readouterr().out
+    assert "the gain is significant" in printed
+    assert CrfParameters.load(tmp_path / "crf.toml").enabled
+
+
+def test_tiles_are_found_where_labels_are(save_case, cells_case, tmp_path):
+    from voxclf.progress import last
+    from voxclf.sampling import survey_labels
+
+    image, truth = cells_case
+    sparse = np.zeros_like(truth)
+    sparse[12] = truth[12]
+    save_case(image, noisy_probabilities(truth), sparse)
+    labels = open_volume(tmp_path / "labels.zarr", kind="labels")
+    volumes = [open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr")]
+    survey = last(survey_labels(labels, 0)).total
+    whole = Region((0, 0, 0), SHAPE)
+    tiles = find_tiles(TuningInputs(*volumes, labels, THREE), survey, whole, np.random.default_rng(0))
+    assert sum(t.counts for t in tiles).tolist() == np.bincount(truth[12].ravel(), minlength=4)[1:].tolist()
+    assert all(t.core.start[0] == 12 and t.core.shape[0] == 1 for t in tiles)
+    assert len({t.cell for t in tiles}) == 3 * 3
+    assert all(t.core.shape[1:] in {(16, 18), (16, 16)} for t in tiles)
