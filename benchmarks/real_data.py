@@ -34,7 +34,6 @@ import tifffile
 from record import BENCHMARKS, describe_run, markdown_table, page, publish, run_voxclf
 from usual_way import THREADS, compute_features, draw_voxels, fit_forest, quantise
 
-from voxclf.config import RunConfig
 from voxclf.formats.ome_metadata import Kind
 from voxclf.labels import LabelSet
 from voxclf.volume import create_volume
@@ -203,9 +202,7 @@ def list_cases() -> list[Case]:
     """All that ``voxclf run`` is compared in."""
     cases = [Case("random_forest", bank) for bank in ("intensity", "edges", "multiscale")]
     cases.append(Case("xgboost", "multiscale"))
-    if "autocontext" in RunConfig.model_fields:
-        cases += [Case(model, "multiscale", 2) for model in ("random_forest", "xgboost")]
-    return cases
+    return [*cases, Case("random_forest", "multiscale", 2)]
 
 
 def run_ours(dataset: Dataset, case: Case, seed: int, folder: Path, quick: bool) -> dict[str, Any]:

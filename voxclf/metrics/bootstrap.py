@@ -107,6 +107,7 @@ def _draw_scores(
 
 
 def expanded_tail(tail: float, n_slabs: int) -> float:
+    """Widen a tail for few slabs: normal quantiles become t quantiles, and n becomes n - 1 (Hesterberg 2015)."""
     from scipy.special import ndtr, stdtrit
 
     return float(ndtr(np.sqrt(n_slabs / (n_slabs - 1)) * stdtrit(n_slabs - 1, tail)))
