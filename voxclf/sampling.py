@@ -242,7 +242,7 @@ def join_rows(drawn: _DrawnBlocks) -> DrawnRows:
 
 def _concatenate(parts: tuple[Rows, ...]) -> Rows:
     return Rows(
-        np.concatenate([part.features for part in parts], axis=1),
+        np.ascontiguousarray(np.concatenate([part.features for part in parts], axis=1)),
         np.concatenate([part.classes for part in parts]),
         np.concatenate([part.positions for part in parts]),
     )
