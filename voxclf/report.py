@@ -345,7 +345,7 @@ def render_html(report: Report) -> str:
 def _score_columns(report: Report) -> list[tuple[str, str, ScoredLabels]]:
     """Column heading, what it means, and the scores, the most trustworthy first."""
     texts = (
-        ("Held-out labels", "Labels the model never saw, in another part of the volume", report.held_out),
+        ("Held-out labels", "Labels the model was not trained on", report.held_out),
         (
             "Honest",
             "Spatial cross-validation: trained on some slabs of the labels, tested on others at least as "

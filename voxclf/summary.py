@@ -51,7 +51,7 @@ def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, A
     return lines, {**values, "honest_macro_f1_by_round": rounds}
 
 
-def score_evaluation(result: Evaluation, note: str = "labels that were not trained on") -> ScoredLabels:
+def score_evaluation(result: Evaluation, note: str = "given as --validation or to evaluate") -> ScoredLabels:
     """Scores and intervals of an evaluation."""
     return ScoredLabels.from_cells(result.tables, result.label_set.n_classes, note)
 

@@ -76,7 +76,7 @@ def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
         "predict": predicted - fitted,
         "score": time.perf_counter() - predicted,
     }
-    shown = validation or labels
+    shown = [labels] if validation is None else [validation, labels]
     report = _write_report(config, volume, shown, region, fit, prediction, held_out, seconds)
     lines, values = describe_cross_validation(fit)
     if held_out is not None:
@@ -161,7 +161,7 @@ def _evaluate_config(config: RunConfig, folder: Path) -> EvaluateConfig:
 def _write_report(
     config: RunConfig,
     volume: Volume,
-    labels: Volume,
+    labels: list[Volume],
     region: Region,
     fit: FitResult,
     prediction: Prediction,
@@ -205,9 +205,12 @@ def _write_report(
 
 @dataclass(frozen=True)
 class _Window:
-    """A corner of a volume that reads its part when indexed, as the figures expect of an array."""
+    """A part of a volume that is read when indexed, as the figures expect of an array; labels as class indices.
 
-    volume: Volume
+    Of several label volumes the first that labels a voxel is shown.
+    """
+
+    volumes: list[Volume]
     region: Region
     label_set: LabelSet | None = None
 
@@ -218,12 +221,15 @@ class _Window:
     def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
         start = tuple(r + s.start for r, s in zip(self.region.start, box, strict=True))
         stop = tuple(r + s.stop for r, s in zip(self.region.start, box, strict=True))
-        array = self.volume.read(start, stop)[0]
-        return array if self.label_set is None else self.label_set.remap_to_indices(array)
+        arrays = [volume.read(start, stop)[0] for volume in self.volumes]
+        if self.label_set is None:
+            return arrays[0]
+        indices = [self.label_set.remap_to_indices(array) for array in arrays]
+        return np.select([found >= 0 for found in indices], indices, default=-1)
 
 
 def _overlays(
-    volume: Volume, labels: Volume, model: TreeModel, region: Region, config: RunConfig
+    volume: Volume, labels: list[Volume], model: TreeModel, region: Region, config: RunConfig
 ) -> tuple[PlaneView, ...]:
     """Three planes through the model's example voxel, near enough to see membranes."""
     label_set, example = model.label_set, model.training["example"]
@@ -231,9 +237,9 @@ def _overlays(
     z, y, x = (min(max(c, a), b - 1) - a for c, a, b in zip(example, region.start, region.stop, strict=True))
     window_nm = OVERLAY_SIDE * min(volume.voxel_size_nm)
     return cut_planes(
-        _Window(volume, region),
+        _Window([volume], region),
         _Window(labels, region, label_set),
-        _Window(predicted, region, label_set),
+        _Window([predicted], region, label_set),
         volume.voxel_size_nm,
         (z, y, x),
         window_nm,
