@@ -32,7 +32,7 @@ VOLUMES = {"vnc": (50.0, 4.6, 4.6), "flyem": (10.0, 10.0, 10.0)}
 CASES = {
     "full depth, 100 trees": {"n_trees": 100, "max_depth": 0, "min_samples_leaf": 1},
     "default": {},
-    "depth 10, 80 trees": {"max_depth": 10},
+    "depth 14, 80 trees": {"max_depth": 14},
 }
 N_TRAINING, N_VALIDATION = 60_000, 300_000
 EXECUTOR = ThreadExecutor(2)

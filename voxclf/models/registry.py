@@ -37,7 +37,7 @@ TREE_MODELS: Mapping[str, ModelInfo] = MappingProxyType(
                 "random_forest",
                 "Random forest: many trees on resampled rows, averaged; robust without tuning. The default.",
                 n_trees=80,
-                max_depth=14,
+                max_depth=16,
                 min_samples_leaf=1,
             ),
             _info(
