@@ -20,13 +20,12 @@ from voxclf.engine.run import Encode, Output, Receipt, choose_chunk_shape, choos
 from voxclf.engine.step import CopyStep, Step
 from voxclf.errors import OutputExistsError
 from voxclf.formats.ome_metadata import Kind
-from voxclf.formats.source import READ_CACHE_BYTES
 from voxclf.geometry import Block, Region, VoxelSize, Zyx, parse_region, split_into_blocks
 from voxclf.progress import Progress, last, silent
 from voxclf.pyramid import Reduction, downsampled_view
 from voxclf.volume import DEFAULT_CHUNK, Volume, create_volume, list_levels, open_level
 
-FIXED_BYTES = 50_000_000
+FIXED_BYTES = 90_000_000
 """What compiled code and the libraries' own buffers take in a process once blocks run, whatever their size."""
 
 SCAN_CORE: Zyx = (64, 256, 256)
@@ -133,8 +132,7 @@ def run_job(
 
 def _held_bytes(job: BlockJob) -> int:
     """What each process holds whatever the blocks: decoded input, and code with its buffers."""
-    cached = (min(READ_CACHE_BYTES, math.prod(volume.info.shape) * volume.dtype.itemsize) for volume in job.inputs)
-    return sum(cached) + FIXED_BYTES
+    return sum(volume.info.most_cached_bytes for volume in job.inputs) + FIXED_BYTES
 
 
 def _refuse_foreign_outputs(job: BlockJob) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from voxclf.errors import FormatError
 from voxclf.formats.axes import order_axes
-from voxclf.formats.source import UNKNOWN_VOXEL_SIZE, KnownVoxelSize, SourceInfo, native_dtype
+from voxclf.formats.source import CHUNK_CACHE_BYTES, UNKNOWN_VOXEL_SIZE, KnownVoxelSize, SourceInfo, native_dtype
 from voxclf.formats.tensorstore_array import TensorStoreSource, chunk_shapes, open_array
 from voxclf.formats.units import to_nanometres
 
@@ -39,6 +39,7 @@ def open_n5(path: str) -> TensorStoreSource:
     axes = order_axes(_axis_names(attributes, array.ndim), array.shape, path)
     read_chunk, _ = chunk_shapes(array, axes)
     info = SourceInfo(
+        cache_bytes=CHUNK_CACHE_BYTES,
         shape=axes.shape,
         dtype=native_dtype(array.dtype.numpy_dtype, path),
         chunk_shape=read_chunk,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from voxclf.errors import FormatError
 from voxclf.formats.axes import order_axes
-from voxclf.formats.source import SourceInfo, native_dtype
+from voxclf.formats.source import CHUNK_CACHE_BYTES, SourceInfo, native_dtype
 from voxclf.formats.tensorstore_array import TensorStoreSource, chunk_shapes, open_array
 from voxclf.formats.units import to_nanometres
 
@@ -35,6 +35,7 @@ def open_precomputed(path: str) -> TensorStoreSource:
     read_chunk, _ = chunk_shapes(array, axes)
     x, y, z = (to_nanometres(length, "nm") for length in resolutions[finest])
     info = SourceInfo(
+        cache_bytes=CHUNK_CACHE_BYTES,
         shape=axes.shape,
         dtype=native_dtype(array.dtype.numpy_dtype, path),
         chunk_shape=read_chunk,

@@ -6,6 +6,7 @@ all formats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ UNKNOWN_VOXEL_SIZE: KnownVoxelSize = (None, None, None)
 #: What one open file may keep decoded in memory (bytes, per process), so that neighbouring blocks do not
 #: decode the same page or chunk again. A memory budget must count it once per open compressed input.
 READ_CACHE_BYTES = 128 * 2**20
+
+#: The same for Zarr, N5 and precomputed, whose chunks are as small as blocks: those between neighbours suffice.
+CHUNK_CACHE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class SourceInfo:
         One per channel, or empty.
     labelled_boxes : tuple of Region, optional
         Boxes outside which every voxel is 0, where the format knows (slice labels); None where it does not.
+    cache_bytes : int
+        Limit of what the open file keeps decoded.
     """
 
     shape: tuple[int, int, int, int]
@@ -58,6 +64,12 @@ class SourceInfo:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     channel_names: tuple[str, ...] = ()
     labelled_boxes: tuple[Region, ...] | None = None
+    cache_bytes: int = READ_CACHE_BYTES
+
+    @property
+    def most_cached_bytes(self) -> int:
+        """What an open file keeps decoded at most: its cache, or all of a volume that is smaller."""
+        return min(self.cache_bytes, math.prod(self.shape) * self.dtype.itemsize)
 
 
 class ArraySource(Protocol):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from voxclf.errors import FormatError
 from voxclf.formats.axes import AxisOrder
 from voxclf.formats.disk_errors import disk_error
-from voxclf.formats.source import READ_CACHE_BYTES, SourceInfo
+from voxclf.formats.source import CHUNK_CACHE_BYTES, SourceInfo
 from voxclf.geometry import Zyx
 
 
@@ -34,7 +34,7 @@ def shared_context(*, is_cached: bool) -> Any:
     """
     return ts.Context(
         {
-            "cache_pool": {"total_bytes_limit": READ_CACHE_BYTES if is_cached else 0},
+            "cache_pool": {"total_bytes_limit": CHUNK_CACHE_BYTES if is_cached else 0},
             "file_io_locking": {"mode": "os"},
         }
     )

@@ -25,7 +25,7 @@ from voxclf.formats.ome_metadata import (
     read_multiscale,
     read_voxel_size,
 )
-from voxclf.formats.source import UNKNOWN_VOXEL_SIZE, KnownVoxelSize, SourceInfo, native_dtype
+from voxclf.formats.source import CHUNK_CACHE_BYTES, UNKNOWN_VOXEL_SIZE, KnownVoxelSize, SourceInfo, native_dtype
 from voxclf.formats.tensorstore_array import (
     TensorStoreSource,
     chunk_shapes,
@@ -119,6 +119,7 @@ def _open_array_node(
     axes = order_axes(names, array.shape, str(folder))
     read_chunk, write_chunk = chunk_shapes(array, axes)
     info = SourceInfo(
+        cache_bytes=CHUNK_CACHE_BYTES,
         shape=axes.shape,
         dtype=native_dtype(array.dtype.numpy_dtype, str(folder)),
         chunk_shape=read_chunk,
