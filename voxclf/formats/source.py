@@ -27,7 +27,7 @@ UNKNOWN_VOXEL_SIZE: KnownVoxelSize = (None, None, None)
 READ_CACHE_BYTES = 128 * 2**20
 
 #: The same for Zarr, N5 and precomputed, whose chunks are as small as blocks: those between neighbours suffice.
-CHUNK_CACHE_BYTES = 32 * 2**20
+CHUNK_CACHE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
