@@ -73,3 +73,19 @@ def sparse_labels(cells):
     sparse = np.zeros_like(dense)
     sparse[11], sparse[:, 18], sparse[:, :, 20] = dense[11], dense[:, 18], dense[:, :, 20]
     return sparse
+
+
+def read(path):
+    """All voxels of a volume, (C, Z, Y, X)."""
+    volume = open_volume(path, kind="labels" if "labels" in str(path) else "image")
+    return volume.read((0, 0, 0), volume.shape)
+
+
+def snapshot(folder):
+    """Every file of the output volumes with its bytes; the ledger's order of lines is not part of the result."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for name in ("labels.zarr", "probabilities.zarr")
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file()
+    }

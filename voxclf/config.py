@@ -104,6 +104,15 @@ class VolumeInput(Config):
     )
 
 
+class LabelsInput(Config):
+    """Labels to learn from."""
+
+    labels: str = Field(
+        description="label volume of the same shape (0 = unlabelled), or a TOML file that lists labelled slices",
+        json_schema_extra=POSITIONAL,
+    )
+
+
 class BankOptions(Config):
     """Which filters turn a volume into features."""
 
@@ -168,7 +177,7 @@ class FitOptions(BankOptions):
     seed: int = Field(0, ge=0, description="seed of everything random")
 
 
-class FitConfig(VolumeInput, FitOptions, WorkerOptions, OverwriteOption):
+class FitConfig(VolumeInput, LabelsInput, FitOptions, WorkerOptions, OverwriteOption):
     """``voxclf fit``."""
 
     command = "fit"
@@ -176,10 +185,6 @@ class FitConfig(VolumeInput, FitOptions, WorkerOptions, OverwriteOption):
     examples = (
         "voxclf fit volume.tif labels.tif -o model --voxel-size 50,4.6,4.6",
         "voxclf fit volume.zarr slices.toml -o model --model xgboost --classes membrane,mitochondrion,other",
-    )
-    labels: str = Field(
-        description="label volume of the same shape (0 = unlabelled), or a TOML file that lists labelled slices",
-        json_schema_extra=POSITIONAL,
     )
     output: str = Field(description="model folder to write")
 
@@ -323,7 +328,7 @@ class SuggestConfig(BlockwiseConfig):
     region: str | None = Field(None, description="look only in z0:z1,y0:y1,x0:x1 (voxels)")
 
 
-class RunConfig(VolumeInput, FitOptions, PredictOptions, BlockwiseConfig):
+class RunConfig(VolumeInput, LabelsInput, FitOptions, PredictOptions, BlockwiseConfig):
     """``voxclf run``."""
 
     command = "run"
@@ -331,10 +336,6 @@ class RunConfig(VolumeInput, FitOptions, PredictOptions, BlockwiseConfig):
     examples = (
         "voxclf run volume.tif labels.tif -o OUT --voxel-size 50,4.6,4.6",
         "voxclf run volume.zarr slices.toml -o OUT --model xgboost --validation labels_val.tif",
-    )
-    labels: str = Field(
-        description="label volume of the same shape (0 = unlabelled), or a TOML file that lists labelled slices",
-        json_schema_extra=POSITIONAL,
     )
     validation: str | None = Field(None, description="labels that are only scored on, never trained on")
     output: str = Field(description="folder for everything: model, volumes, report")

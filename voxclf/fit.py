@@ -131,6 +131,7 @@ def fit_on_labels(
 
     last_round = rounds[-1]
     example = choose_example(labels, survey, options.unlabelled)
+    inputs = _describe_inputs(volume, labels)
     model = TreeModel(
         name=options.model,
         bank=last_round.stack.bank,
@@ -143,10 +144,9 @@ def fit_on_labels(
         calibration=_calibrate(last_round.scores) if options.calibrate else None,
         feature_importances=last_round.fitted.feature_importances,
         training={
-            "volume": describe_input(volume),
-            "labels": describe_input(labels),
+            **inputs,
             "options": _asked(options),
-            "job": _fit_fingerprint(volume, labels, options),
+            "job": _fit_fingerprint(inputs, options),
             "n_training_voxels": last_round.n_training,
             "honest_macro_f1_by_round": [r.scores.honest.scores.macro_f1 for r in rounds],
             "label_counts": survey.counts,
@@ -289,8 +289,11 @@ def _asked(options: FitOptions) -> dict[str, Any]:
     return options.model_dump(mode="json", include=set(FitOptions.model_fields))
 
 
-def _fit_fingerprint(volume: Volume, labels: Volume, options: FitOptions) -> str:
-    inputs = {"volume": describe_input(volume), "labels": describe_input(labels)}
+def _describe_inputs(volume: Volume, labels: Volume) -> dict[str, Any]:
+    return {"volume": describe_input(volume), "labels": describe_input(labels)}
+
+
+def _fit_fingerprint(inputs: dict[str, Any], options: FitOptions) -> str:
     return fingerprint({**inputs, "options": _asked(options)})
 
 
@@ -299,7 +302,7 @@ def load_if_fitted(folder: Path, volume: Volume, labels: Volume, options: FitOpt
     if not (folder / "model.json").exists():
         return None
     model = load_model(folder)
-    if model.training.get("job") != _fit_fingerprint(volume, labels, options):
+    if model.training.get("job") != _fit_fingerprint(_describe_inputs(volume, labels), options):
         return None
     counts = {int(label): count for label, count in model.training["label_counts"].items()}
     return FitResult(model, folder, counts, CrossValidation.load(folder), {})

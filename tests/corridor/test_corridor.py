@@ -12,24 +12,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from tests.conftest import read, snapshot
 from tests.corridor.conftest import SHAPE, SMALL, run
 from voxclf.models.checkpoint import load_model
 from voxclf.volume import create_volume, open_volume
-
-
-def read(path):
-    volume = open_volume(path, kind="labels" if "labels" in str(path) else "image")
-    return volume.read((0, 0, 0), volume.shape)
-
-
-def snapshot(folder):
-    """Every file of the output volumes with its bytes; the ledger's order of lines is not part of the result."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for name in ("labels.zarr", "probabilities.zarr")
-        for path in sorted((folder / name).rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_the_main_job_in_one_command(project, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crf import DenseCRF
-from tests.conftest import VOXEL_SIZE_NM
+from tests.conftest import VOXEL_SIZE_NM, read, snapshot
 from tests.voxclf.noisy import THREE, draw_prediction
 from voxclf import cli
 from voxclf.config import CrfRefineConfig, make_config
@@ -54,20 +54,6 @@ def save_prediction(tmp_path, save_volume):
 def refine(folder, output="REF", **options):
     values = {"prediction": str(folder / "OUT"), "volume": str(folder / "image.zarr"), "output": str(folder / output)}
     return refine_volume(make_config(CrfRefineConfig, {**values, **BY_HAND, **options}))
-
-
-def read(path):
-    volume = open_volume(path, kind="labels" if "labels" in str(path) else "image")
-    return volume.read((0, 0, 0), volume.shape)
-
-
-def snapshot(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for name in ("labels.zarr", "probabilities.zarr")
-        for path in sorted((folder / name).rglob("*"))
-        if path.is_file()
-    }
 
 
 def whole(refiner, image, stored):
