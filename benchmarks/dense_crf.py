@@ -1,13 +1,13 @@
 """The dense CRF against pydensecrf: time, memory and error, interleaved in one run.
 
-    python benchmarks/crf.py                                  64³ and 128³, about five minutes on two cores
-    python benchmarks/crf.py --sizes 256 --repeats 1          the large case, 8 GB for pydensecrf
-    python benchmarks/crf.py --sizes 128 512 --device cuda    adds the GPU; pydensecrf is left out from 400³ up
+    python benchmarks/dense_crf.py                                  64³ and 128³, about five minutes on two cores
+    python benchmarks/dense_crf.py --sizes 256 --repeats 1          the large case, 8 GB for pydensecrf
+    python benchmarks/dense_crf.py --sizes 128 512 --device cuda    adds the GPU; pydensecrf is left out from 400³ up
 
 Times are of whole calls, set-up included, after one call on a small volume that compiles or loads the loops. The
 contenders take turns, so that a busy machine slows both, and the best of the repeats counts. CPU time tells what a
 core does where wall time depends on who else computes. Peak memory is resident memory above the inputs, from a run
-of its own. Results go to benchmarks/results/crf.md and .json.
+of its own. Results go to benchmarks/results/dense_crf.md and .json.
 """
 
 from __future__ import annotations
