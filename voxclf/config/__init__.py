@@ -1,0 +1,71 @@
+"""One frozen, validated configuration per command; the CLI, the TOML file and the provenance are read off it.
+
+A field's ``description`` is its ``--help`` text, its constraint is checked before any work starts, and what
+ran is saved beside the output as ``config.toml``, which ``--config`` reads back.
+"""
+
+from __future__ import annotations
+
+from voxclf.config.base import (
+    Config,
+    load_config_file,
+    make_config,
+    parse_duration,
+    parse_memory,
+    positional_names,
+    save_config,
+)
+from voxclf.config.crf_commands import CrfRefineConfig, CrfTuneConfig
+from voxclf.config.data_commands import ConvertConfig, InfoConfig, SuggestConfig
+from voxclf.config.model_commands import (
+    DemoConfig,
+    EvaluateConfig,
+    FeaturesConfig,
+    FitConfig,
+    ModelsConfig,
+    PredictConfig,
+    RunConfig,
+)
+from voxclf.config.options import Balance, BankOptions, FitOptions, PredictionInput
+
+COMMANDS: tuple[type[Config], ...] = (
+    RunConfig,
+    FitConfig,
+    PredictConfig,
+    EvaluateConfig,
+    CrfTuneConfig,
+    CrfRefineConfig,
+    SuggestConfig,
+    FeaturesConfig,
+    InfoConfig,
+    ConvertConfig,
+    ModelsConfig,
+    DemoConfig,
+)
+
+__all__ = [
+    "COMMANDS",
+    "Balance",
+    "BankOptions",
+    "Config",
+    "ConvertConfig",
+    "CrfRefineConfig",
+    "CrfTuneConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "FeaturesConfig",
+    "FitConfig",
+    "FitOptions",
+    "InfoConfig",
+    "ModelsConfig",
+    "PredictConfig",
+    "PredictionInput",
+    "RunConfig",
+    "SuggestConfig",
+    "load_config_file",
+    "make_config",
+    "parse_duration",
+    "parse_memory",
+    "positional_names",
+    "save_config",
+]
