@@ -109,6 +109,15 @@ def _evaluate(config: cfg.EvaluateConfig, progress: Progress) -> CommandResult:
     return CommandResult(lines, values)
 
 
+def _compare(config: cfg.CompareConfig, progress: Progress) -> CommandResult:
+    from voxclf.compare import compare_models
+    from voxclf.compare_page import describe_comparison, to_dict, write_comparison
+
+    result = compare_models(config, progress)
+    page = write_comparison(result, config)
+    return CommandResult([*describe_comparison(result), f"report       {page}"], {"page": str(page), **to_dict(result)})
+
+
 def _crf_tune(config: cfg.CrfTuneConfig, progress: Progress) -> CommandResult:
     from voxclf.refine import tune_parameters
     from voxclf.summary import format_scores, score_values
@@ -193,6 +202,17 @@ def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
     return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
 
 
+def _explore(config: cfg.ExploreConfig, progress: Progress) -> CommandResult:
+    from voxclf.explore import explore
+    from voxclf.explore_page import describe_exploration, write_exploration
+
+    found = explore(config, progress)
+    page = write_exploration(found, config)
+    cfg.save_config(config, Path(config.output) / "config.toml")
+    lines, values = describe_exploration(found)
+    return CommandResult([*lines, f"page         {page}"], {"page": str(page), **values})
+
+
 def _run(config: cfg.RunConfig, progress: Progress) -> CommandResult:
     from voxclf.workflow import run_all
 
@@ -229,9 +249,11 @@ _COMMANDS: dict[type[cfg.Config], Callable[[Any, Progress], CommandResult]] = {
     cfg.FitConfig: _fit,
     cfg.PredictConfig: _predict,
     cfg.EvaluateConfig: _evaluate,
+    cfg.CompareConfig: _compare,
     cfg.CrfTuneConfig: _crf_tune,
     cfg.CrfRefineConfig: _crf_refine,
     cfg.SuggestConfig: _suggest,
+    cfg.ExploreConfig: _explore,
     cfg.RunConfig: _run,
     cfg.ConvertConfig: _convert,
     cfg.DemoConfig: _demo,

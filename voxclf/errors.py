@@ -23,3 +23,7 @@ class FormatError(VoxclfError):
 
 class BlockError(VoxclfError):
     """A block failed; the message names it, and everything finished before it is kept."""
+
+
+class CertificateError(VoxclfError):
+    """Probabilities of a network are not those of its patches: something computes wrongly on this machine."""

@@ -155,7 +155,8 @@ def fit_on_labels(
             "finished": timestamp(),
         },
     )
-    save_model(model, read_golden_patch(volume, example, model.step().halo), folder, last_round.fitted.native)
+    golden = read_golden_patch(volume, example, model.golden_halo)
+    save_model(model, golden, folder, {"booster.ubj": last_round.fitted.native})
     last_round.scores.save(folder)
     return FitResult(model, folder, survey.counts, last_round.scores, watch.seconds)
 

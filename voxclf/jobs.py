@@ -16,7 +16,16 @@ import numpy as np
 
 from voxclf.engine.executors import Executor
 from voxclf.engine.ledger import Ledger
-from voxclf.engine.run import Encode, Output, Receipt, choose_chunk_shape, choose_core_shape, fold_blocks, map_blocks
+from voxclf.engine.run import (
+    Check,
+    Encode,
+    Output,
+    Receipt,
+    choose_chunk_shape,
+    choose_core_shape,
+    fold_blocks,
+    map_blocks,
+)
 from voxclf.engine.step import CopyStep, Step
 from voxclf.errors import OutputExistsError
 from voxclf.formats.ome_metadata import Kind
@@ -60,7 +69,7 @@ class BlockJob:
     """What is computed: a step over input volumes, into outputs, within a region.
 
     ``description`` is JSON-able and decides whether an interrupted run is the same job; the outputs carry it as
-    their provenance. ``ledger`` is the folder of the done-markers.
+    their provenance. ``ledger`` is the folder of the done-markers. ``check`` sees every block before it is written.
     """
 
     step: Step
@@ -71,6 +80,7 @@ class BlockJob:
     attributes: Mapping[str, Any]
     region: Region
     voxel_size_nm: VoxelSize
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def run_job(
     blocks = split_into_blocks(job.inputs[0].shape, core_shape, step.halo, step.alignment, job.region)
     n_resumed = len(ledger.done)
     n_left = job.region.n_voxels * (1 - n_resumed / len(blocks))
-    receipts = map_blocks(step, job.inputs, outputs, blocks, executor, ledger)
+    receipts = map_blocks(step, job.inputs, outputs, blocks, executor, ledger, job.check)
     for _ in progress(str(job.description["job"]), receipts, n_left, "voxel"):
         pass
     if pyramid:

@@ -34,6 +34,15 @@ def to_float32(probabilities: np.ndarray) -> np.ndarray:
     return probabilities.astype(np.float32, copy=False)
 
 
+def encode_uncertainty(probabilities: np.ndarray) -> np.ndarray:
+    """Store the entropy of probabilities (K, Z, Y, X) over its largest value ln K, (1, Z, Y, X): 0 sure, 255 no idea."""
+    entropy = np.zeros(probabilities.shape[1:], np.float32)
+    for share in probabilities:  # class by class, so that no second array of all classes is held
+        entropy -= share * np.log(np.maximum(share, np.float32(1e-12)))
+    largest = np.float32(np.log(len(probabilities)))
+    return np.rint(np.clip(entropy / largest, 0, 1) * np.float32(UINT8_LEVELS)).astype(np.uint8)[None]
+
+
 ENCODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "uint8": quantise,
     "float16": to_float16,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxclf import __version__
+from voxclf.formats.zarr import write_json_atomically
 from voxclf.geometry import Region, Zyx
 from voxclf.volume import Volume
 
@@ -83,6 +86,14 @@ def describe_input(volume: Volume) -> dict[str, Any]:
         "voxel_size_nm": list(volume.voxel_size_nm),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def add_provenance(path: Path, values: Mapping[str, Any]) -> None:
+    """Add to the provenance of an OME-Zarr that voxclf wrote what was known only once it was finished."""
+    file = path / "zarr.json"
+    group = json.loads(file.read_text(encoding="utf-8"))
+    group["attributes"]["voxclf"].setdefault("provenance", {}).update(values)
+    write_json_atomically(file, group)
 
 
 def software_versions() -> dict[str, str]:

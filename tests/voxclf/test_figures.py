@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from voxclf import figures
+from voxclf.figures import scores
 from voxclf.labels import LabelSet
 from voxclf.metrics.calibration import reliability_table
 from voxclf.metrics.voxelwise import score_block, score_tables
@@ -43,7 +44,7 @@ def test_confusion_shows_row_shares_and_counts():
     ("count", "text"), [(0, "0"), (999, "999"), (1000, "1.00k"), (45_600_000, "45.6M"), (7 * 10**11, "700G")]
 )
 def test_short_counts(count, text):
-    assert figures._short_count(count) == text
+    assert scores.short_count(count) == text
 
 
 def test_precision_recall_lines_have_class_colours_and_end_at_full_recall(tables):

@@ -15,8 +15,10 @@ from voxclf.config.base import (
     positional_names,
     save_config,
 )
+from voxclf.config.compare_commands import CompareConfig
 from voxclf.config.crf_commands import CrfRefineConfig, CrfTuneConfig
 from voxclf.config.data_commands import ConvertConfig, InfoConfig, SuggestConfig
+from voxclf.config.explore_commands import ExploreConfig
 from voxclf.config.model_commands import (
     DemoConfig,
     EvaluateConfig,
@@ -26,16 +28,18 @@ from voxclf.config.model_commands import (
     PredictConfig,
     RunConfig,
 )
-from voxclf.config.options import Balance, BankOptions, FitOptions, PredictionInput
+from voxclf.config.options import Balance, BankOptions, FitOptions, NetworkFitOptions, PredictionInput, PredictOptions
 
 COMMANDS: tuple[type[Config], ...] = (
     RunConfig,
     FitConfig,
     PredictConfig,
     EvaluateConfig,
+    CompareConfig,
     CrfTuneConfig,
     CrfRefineConfig,
     SuggestConfig,
+    ExploreConfig,
     FeaturesConfig,
     InfoConfig,
     ConvertConfig,
@@ -47,18 +51,22 @@ __all__ = [
     "COMMANDS",
     "Balance",
     "BankOptions",
+    "CompareConfig",
     "Config",
     "ConvertConfig",
     "CrfRefineConfig",
     "CrfTuneConfig",
     "DemoConfig",
     "EvaluateConfig",
+    "ExploreConfig",
     "FeaturesConfig",
     "FitConfig",
     "FitOptions",
     "InfoConfig",
     "ModelsConfig",
+    "NetworkFitOptions",
     "PredictConfig",
+    "PredictOptions",
     "PredictionInput",
     "RunConfig",
     "SuggestConfig",

@@ -24,6 +24,12 @@ def parse_numbers(value: Any) -> Any:
         raise ValueError("give numbers separated by commas, for example 50,4.6,4.6") from None
 
 
+def parse_shape(value: Any) -> Any:
+    """Read ``32`` or ``5,32,32`` into three numbers, one number standing for all three axes."""
+    numbers = parse_numbers(str(value) if isinstance(value, int) else value)
+    return numbers * 3 if isinstance(numbers, list) and len(numbers) == 1 else numbers
+
+
 def parse_memory(value: Any) -> Any:
     """Read ``4GB``, ``512MB`` or a number of bytes into bytes."""
     if not isinstance(value, str):
@@ -49,6 +55,7 @@ Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 VoxelSizeNm = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_numbers)]
 Lengths = Annotated[tuple[Positive, ...], BeforeValidator(parse_numbers)]
 MemoryBytes = Annotated[int, BeforeValidator(parse_memory), Field(ge=150_000_000)]
+PatchShape = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(parse_shape)]
 VoxelCounts = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(parse_numbers)]
 
 

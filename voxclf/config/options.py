@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from voxclf.config.base import POSITIONAL, Config, Lengths, MemoryBytes, VoxelSizeNm
+from voxclf.config.base import POSITIONAL, Config, Lengths, MemoryBytes, PatchShape, Seconds, VoxelSizeNm
 
 BankName = Literal["multiscale", "edges", "intensity"]
 Balance = Literal["sqrt", "equal", "labelled"]
 Storage = Literal["none", "uint8", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["32", "bf16"]
+LossName = Literal["ce", "focal", "bce", "weighted_bce", "dice", "dice_squared", "dice_bce", "boundary_dou"]
 
 
 class WorkerOptions(Config):
@@ -77,7 +80,65 @@ class BankOptions(Config):
     )
 
 
-class FitOptions(BankOptions):
+class ComputeOptions(Config):
+    """On which processor, and in which arithmetic."""
+
+    device: Device = Field(
+        "auto",
+        description="where a model is evaluated and a network trained; auto: an NVIDIA GPU if there is one and the "
+        "job is large, else the CPU",
+    )
+    precision: Precision = Field(
+        "32", description="arithmetic of networks: 32, or bf16: about twice as fast, probabilities to about 0.01"
+    )
+
+
+class NetworkFitOptions(ComputeOptions):
+    """How a network is trained; refused with models that are not networks."""
+
+    help_group: ClassVar[str] = "networks only"
+
+    time: Seconds | None = Field(
+        None, description="training time, e.g. 10m; the best network so far is kept. Default: until --patience"
+    )
+    patch: PatchShape | None = Field(
+        None, description="patch that decides about its centre voxel: 32 or z,y,x; default: from the voxel size"
+    )
+    width: float = Field(1.0, gt=0, le=4, description="multiplies the numbers of channels inside the network")
+    input_bank: Literal["multiscale", "edges"] | None = Field(
+        None, description="give the network this filter bank's features beside the image"
+    )
+    init: str | None = Field(None, description="folder from `voxclf pretrain` (or a network's) to start from")
+    loss: LossName = Field("ce", description="what is minimised: ce is cross entropy")
+    gamma: float = Field(2.0, ge=0, description="focus of --loss focal on voxels that are still wrong; 0 is ce")
+    class_weights: Balance = Field(
+        "labelled", description="weight of the classes in the loss: as labelled, by the root of frequency, or equal"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="largest step size of the optimiser")
+    weight_decay: float = Field(5e-4, ge=0, description="pull of the weights towards zero")
+    optimizer: Literal["adam", "adamw", "sgd", "adagrad"] = Field("adam", description="how gradients become steps")
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        "constant", description="step size over the training time: constant, falling, or rising and falling"
+    )
+    monitor: Literal["macro_f1", "loss"] = Field(
+        "macro_f1", description="what on the held-out labels decides which network is best and when training ends"
+    )
+    sampling: Literal["slabs", "patches"] = Field(
+        "slabs", description="train on windows of labelled slices (same gradient, 60 times faster) or single patches"
+    )
+    batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
+    window: int | None = Field(None, ge=1, description="side of a training window, voxels; default: from the network")
+    steps: int | None = Field(None, ge=1, description="most optimiser steps; default: no limit but --epochs")
+    epochs: int = Field(200, ge=1, description="most rounds of training between two validations")
+    patience: int = Field(10, ge=1, description="rounds without a better --monitor after which training ends")
+    augment: Literal["none", "flips", "patch", "B", "C", "D"] = Field(
+        "patch", description="random changes of what is trained on; patch: flips, quarter turns and intensity"
+    )
+    devices: int = Field(1, ge=1, description="GPUs to train on at once")
+    strategy: str = Field("auto", description="how several GPUs share training, as Lightning names it, e.g. ddp")
+
+
+class FitOptions(BankOptions, NetworkFitOptions):
     """What decides how a model is trained, beside its inputs."""
 
     model: str = Field("random_forest", description="kind of model; `voxclf models` lists them")
@@ -105,12 +166,24 @@ class FitOptions(BankOptions):
     seed: int = Field(0, ge=0, description="seed of everything random")
 
 
-class PredictOptions(Config):
-    """What decides how a prediction is stored."""
+class PredictOptions(ComputeOptions):
+    """What decides how a prediction is made and stored."""
 
     probabilities: Storage = Field("uint8", description="how probabilities are stored; none: labels only")
+    uncertainty: bool = Field(
+        False, description="also write uncertainty.zarr: entropy of the probabilities, 0 sure to 1 no idea"
+    )
     region: str | None = Field(None, description="predict only z0:z1,y0:y1,x0:x1 (voxels)")
     pyramid: bool = Field(True, description="add coarser levels for viewers")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="where trees run; auto: an NVIDIA GPU if there is one and the job is large, else the CPU"
+    tta: bool = Field(
+        False, description="networks: average over mirrored volumes; 8 times the work, 4 where slices are thick"
+    )
+    output_stride: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="networks: classify every s-th voxel along each axis and interpolate: a preview, approximate",
+    )
+    real_context: bool = Field(
+        False, description="networks with padding: let voxels see real neighbours instead: approximate"
     )

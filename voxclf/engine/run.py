@@ -25,6 +25,8 @@ from voxclf.volume import Volume
 
 Total = TypeVar("Total")
 Encode = Callable[[np.ndarray], np.ndarray]
+Check = Callable[[Block, np.ndarray], None]
+"""Sees every block with its result, before that is written; raises where something is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,14 @@ class _MapTask:
     step: Step
     inputs: tuple[Volume, ...]
     outputs: tuple[Output, ...]
+    check: Check | None = None
 
     def __call__(self, block: Block) -> Receipt:
         started = time.perf_counter()
         try:
             result = crop_to_core(self.step(*_read_inputs(self.inputs, block)), block)
+            if self.check is not None:
+                self.check(block, result)
             digests = [write_core(out.volume, block, out.encode(result)) for out in self.outputs]
         except Exception as error:
             raise BlockError(_describe_failure(block, error)) from error
@@ -70,10 +75,12 @@ def map_blocks(
     blocks: BlockGrid | SelectedBlocks,
     executor: Executor | None = None,
     ledger: Ledger | None = None,
+    check: Check | None = None,
 ) -> Iterator[Receipt]:
     """Run a step over every block and write the results; yields a receipt per block as it finishes.
 
-    Blocks that the ledger holds are not computed again. Nothing runs until the iterator is consumed.
+    Blocks that the ledger holds are not computed again. Nothing runs until the iterator is consumed. A block that
+    ``check`` refuses is not written.
 
     Raises
     ------
@@ -84,7 +91,7 @@ def map_blocks(
     """
     for output in outputs:
         check_write_grid(blocks.core_shape, output.volume)
-    task = _MapTask(step, tuple(inputs), tuple(outputs))
+    task = _MapTask(step, tuple(inputs), tuple(outputs), check)
     return _run_recorded(task, blocks, executor or SerialExecutor(), ledger)
 
 

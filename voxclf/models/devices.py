@@ -1,36 +1,149 @@
-"""Which processor evaluates a model, and the step that does it there: compiled code on CPUs, torch on GPUs.
+"""Which processor evaluates a model and how, and the step that does it there.
 
-Importing torch takes seconds and some hundred megabytes, so it happens only when a GPU was asked for, or when
-nothing was asked for, the job is large, and the machine has an NVIDIA device.
+Trees run as compiled code on CPUs and through torch on GPUs, networks through torch on either. Importing torch takes
+seconds and some hundred megabytes, so for trees it happens only when a GPU was asked for, or when nothing was asked
+for, the job is large, and the machine has an NVIDIA device.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from voxclf.config.options import Precision, PredictOptions
+from voxclf.engine.executors import Executor, ExecutorName, ThreadExecutor, available_cores, make_executor
 from voxclf.engine.step import Step
+from voxclf.models.model import Model
 from voxclf.models.packed_forest import PackedForest
+from voxclf.models.registry import NETWORKS
 from voxclf.models.trees import TreeModel
 
 Device = Literal["cpu", "cuda", "mps"]
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 
+TURN_THREADS = 2
+"""Where blocks take turns (on a GPU, or a network on all cores): one thread computes, the other reads and writes."""
 LARGE_JOB_VOXELS = 20_000_000
 """Voxels from which starting torch and a GPU, some ten seconds, is small beside the work. An estimate."""
 LARGE_FOREST_STEPS = 200
 """Comparisons per voxel (trees x depth) from which a GPU is worth it without multi-scale filters. An estimate."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network is evaluated; trees know no choice here.
+
+    Parameters
+    ----------
+    precision : "32" or "bf16"
+        Of its activations.
+    flips : bool
+        Whether probabilities are averaged over mirror images of the volume.
+    output_stride : int
+        Distance of the voxels that are classified; those between are interpolated.
+    real_context : bool
+        Whether padding gives way to the voxels that are really there.
+    memory_bytes : int
+        Budget of the whole job.
+    n_threads : int, optional
+        Threads within a network's layers, on a CPU.
+    n_callers : int
+        Threads that take turns with it.
+    """
+
+    precision: Precision = "32"
+    flips: bool = False
+    output_stride: int = 1
+    real_context: bool = False
+    memory_bytes: int = 4 * 10**9
+    n_threads: int | None = None
+    n_callers: int = 1
+
+    @classmethod
+    def from_options(cls, options: PredictOptions, memory_bytes: int, workers: int | None) -> Evaluation:
+        """What a command asked for."""
+        return cls(
+            options.precision,
+            options.tta,
+            options.output_stride,
+            options.real_context,
+            memory_bytes,
+            workers or available_cores(),
+            TURN_THREADS,
+        )
+
+    @property
+    def approximation(self) -> str:
+        """In which way the result is not what the patches give; empty if it is."""
+        if self.output_stride > 1:
+            return f"approximate: one voxel in {self.output_stride} along each axis classified, the rest interpolated"
+        if self.real_context:
+            return "approximate: the network's padding replaced by the voxels around each patch"
+        return ""
+
+
+EXACT = Evaluation()
+
+
+def check_evaluation(model: Model, evaluation: Evaluation) -> None:
+    """Refuse choices that a model does not have, or that exclude each other.
+
+    Raises
+    ------
+    ValueError
+        Naming the option.
+    """
+    if evaluation.output_stride > 1 and evaluation.real_context:
+        raise ValueError(
+            f"--output-stride was {evaluation.output_stride} and --real-context was given too; they are two ways to "
+            "evaluate a network with padding: leave one out"
+        )
+    is_patch_network = model.kind == "network" and NETWORKS[model.name].kind == "patch"
+    given = {
+        "--precision bf16": evaluation.precision != "32" and model.kind != "network",
+        "--tta": evaluation.flips and model.kind != "network",
+        "--output-stride": evaluation.output_stride > 1 and not is_patch_network,
+        "--real-context": evaluation.real_context and not is_patch_network,
+    }
+    for option, is_wrong in given.items():
+        if is_wrong:
+            raise ValueError(
+                f"{option} was given, but {model.name} has no such choice; it is for "
+                f"{'patch networks' if model.kind == 'network' else 'networks'}: leave it out"
+            )
+
+
+def describe_evaluation(model: Model, evaluation: Evaluation) -> dict[str, Any]:
+    """What of the evaluation decides a network's output, for the job's description; nothing for trees."""
+    if model.kind != "network":
+        return {}
+    described: dict[str, Any] = {"precision": evaluation.precision, "mirror_images": evaluation.flips}
+    if evaluation.approximation:
+        described |= {"approximation": evaluation.approximation}
+    return described
+
+
 def make_step(
-    model: TreeModel, device: DeviceChoice = "auto", n_voxels: int | None = None, round_index: int | None = None
+    model: Model,
+    device: DeviceChoice = "auto",
+    n_voxels: int | None = None,
+    round_index: int | None = None,
+    evaluation: Evaluation = EXACT,
 ) -> Step:
     """Build the step that predicts blocks with this model on a device; see :func:`choose_device`.
 
     ``round_index`` is the round of autocontext, the last by default, as in :meth:`TreeModel.step`.
     """
     chosen = choose_device(model, device, n_voxels)
+    if model.kind == "network":
+        from voxclf.models.network_model import NetworkModel
+        from voxclf.models.network_step import make_network_step
+
+        assert isinstance(model, NetworkModel)
+        return make_network_step(model, chosen, evaluation)
+    assert isinstance(model, TreeModel)
     step = model.step(round_index)
     if chosen == "cpu":
         return step
@@ -40,12 +153,23 @@ def make_step(
     return TorchTreePredictor(step.stack, step.classifier, chosen, step.calibration)
 
 
-def choose_device(model: TreeModel, device: DeviceChoice = "auto", n_voxels: int | None = None) -> Device:
+def choose_executor(model: Model, device: Device, name: ExecutorName, n_workers: int | None) -> Executor:
+    """Who does the blocks: trees on a CPU run one per worker, everything else takes turns.
+
+    A network uses all cores for one block: its convolutions scale as well as blocks do, and one large tile wastes less
+    on its halo, and takes less memory, than one tile per core.
+    """
+    if device == "cpu" and model.kind == "trees":
+        return make_executor(name, n_workers)
+    return ThreadExecutor(TURN_THREADS)
+
+
+def choose_device(model: Model, device: DeviceChoice = "auto", n_voxels: int | None = None) -> Device:
     """Decide where a model runs.
 
     Parameters
     ----------
-    model : TreeModel
+    model : Model
         What is to be evaluated.
     device : "auto", "cpu", "cuda" or "mps"
         "auto" takes an NVIDIA GPU if torch sees one and the model and the job are large enough, else the CPU.
@@ -60,9 +184,10 @@ def choose_device(model: TreeModel, device: DeviceChoice = "auto", n_voxels: int
     if device == "cpu":
         return "cpu"
     if device == "auto":
-        is_large = n_voxels is None or n_voxels >= LARGE_JOB_VOXELS
+        is_large = n_voxels is None or n_voxels >= LARGE_JOB_VOXELS or model.kind == "network"
         return "cuda" if is_large and is_worth_a_gpu(model) and has_nvidia_device() and sees("cuda") else "cpu"
-    _check_runs_on(model, device)
+    if isinstance(model, TreeModel):
+        _check_runs_on(model, device)
     if not sees(device):
         raise ValueError(
             f"--device was {device}, but torch finds no such GPU on this machine; use --device cpu or auto, or install "
@@ -71,8 +196,10 @@ def choose_device(model: TreeModel, device: DeviceChoice = "auto", n_voxels: int
     return device
 
 
-def is_worth_a_gpu(model: TreeModel) -> bool:
+def is_worth_a_gpu(model: Model) -> bool:
     """Whether a voxel of this model is enough work to be sent to a GPU."""
+    if not isinstance(model, TreeModel):
+        return True
     forest = model.classifier
     if not isinstance(forest, PackedForest):
         return False

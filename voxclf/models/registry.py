@@ -1,11 +1,20 @@
-"""Model name → what it is and its defaults: the list that ``voxclf models`` prints and ``fit`` chooses from."""
+"""Model name → what it is and its defaults: the list that ``voxclf models`` prints and ``fit`` chooses from.
+
+Trees stand in ``TREE_MODELS``, neural networks in ``NETWORKS``. torch is imported only when a network is built.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from voxclf.geometry import VoxelSize, Zyx
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,182 @@ TREE_MODELS: Mapping[str, ModelInfo] = MappingProxyType(
 )
 
 
+# --- neural networks ---
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What the registry tells about a neural network.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    description : str
+        One line for `voxclf models`.
+    builder : str
+        Where it is built, "module:function"; called as function(name, n_classes=, in_channels=, patch=, **options),
+        without `patch` for a segmenter.
+    kind : "patch" or "segmenter"
+        A patch network classifies the centre voxel of a patch, a segmenter every voxel of a block.
+    is_exact : bool
+        Whether every voxel's result depends on its surroundings alone, so that blocks of any size give the same.
+    patch : int or None
+        Edge of the published cube, voxels; None for segmenters.
+    defaults : mapping
+        The options it takes beside classes, channels and patch, and their defaults.
+    """
+
+    name: str
+    description: str
+    builder: str
+    kind: Literal["patch", "segmenter"] = "patch"
+    is_exact: bool = False
+    patch: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _patch_network(
+    name: str, description: str, patch: int, *, is_exact: bool, builder: str = "patch_cnn:build_patch_cnn"
+) -> tuple[str, NetworkInfo]:
+    defaults = MappingProxyType({"width": 1.0})
+    return name, NetworkInfo(name, description, f"voxclf.models.{builder}", "patch", is_exact, patch, defaults)
+
+
+NETWORKS: Mapping[str, NetworkInfo] = MappingProxyType(
+    dict(
+        (
+            _patch_network(
+                "3layer", "Three convolutions on a patch of 8: small and very fast, sees texture only.", 8, is_exact=True
+            ),
+            _patch_network(
+                "4conv", "Four convolutions and three pools on a patch of 32: fast, the place to start.", 32, is_exact=True
+            ),
+            _patch_network(
+                "4res",
+                "Four stages with residual blocks on a patch of 32 or 16; padded, so predicted on a coarse grid only.",
+                32,
+                is_exact=False,
+            ),
+            _patch_network("4res_ln", "As 4res, with layer norm in place of batch norm.", 32, is_exact=False),
+            _patch_network(
+                "4res_valid",
+                "As 4res without padding and with one early pool: exact at every voxel, 2 to 5 times the work of 4conv.",
+                32,
+                is_exact=True,
+            ),
+            _patch_network(
+                "dil", "Dilated convolutions on a patch of 32 or 16: the fastest with a wide view.", 32, is_exact=True
+            ),
+            _patch_network(
+                "convnext",
+                "ConvNeXt-Tiny in 3D on a patch of 32 or 16: 31 M parameters, wants pretraining; coarse grid only.",
+                32,
+                is_exact=False,
+                builder="convnext3d:build_convnext",
+            ),
+            _patch_network(
+                "convnext_dilated",
+                "ConvNeXt in 3D with dilations in place of strides: hundreds of times the work of 4conv per patch.",
+                32,
+                is_exact=False,
+                builder="convnext3d:build_dilated_convnext",
+            ),
+        )
+    )
+)
+
+
+def build(
+    name: str, n_classes: int, patch: int | Zyx | None = None, in_channels: int = 1, **options: Any
+) -> nn.Module:
+    """Build a neural network with random weights.
+
+    Parameters
+    ----------
+    name : str
+        One of `NETWORKS`.
+    n_classes : int
+        Classes to tell apart, K.
+    patch : int or (z, y, x), optional
+        Patch of a patch network, voxels; the published cube by default. Kernels, pools and dilations follow it axis
+        by axis (:mod:`voxclf.models.patch_cnn`).
+    in_channels : int
+        Channels of its input: 1 for the image alone.
+    **options
+        Those of the network, `NETWORKS[name].defaults`; `width` scales all channel numbers.
+
+    Returns
+    -------
+    nn.Module
+        Patch networks: (B, C, *patch) to (B, K), with the attributes `name` and `patch`. Segmenters: (B, C, Z, Y, X)
+        to (B, K, Z, Y, X).
+
+    Raises
+    ------
+    ValueError
+        If the name or an option is unknown, or a number is out of range.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is unknown; known are {', '.join(NETWORKS)} (`voxclf models` explains them)")
+    info = NETWORKS[name]
+    for argument, value, least in (("n_classes", n_classes, 2), ("in_channels", in_channels, 1)):
+        if value < least:
+            raise ValueError(f"{argument} was {value}; {name} needs at least {least}")
+    unknown = options.keys() - info.defaults.keys()
+    if unknown:
+        known = ", ".join(info.defaults) or "none"
+        raise ValueError(f"{name} has no option {sorted(unknown)[0]!r}; its options are: {known}")
+    options = {**info.defaults, **options}
+    if options.get("width", 1.0) <= 0:
+        raise ValueError(f"width was {options['width']}; it is a factor on channel numbers, above 0 (1.0 as published)")
+    if info.kind == "patch":
+        options["patch"] = _check_patch(patch, info)
+    module, function = info.builder.split(":")
+    return getattr(import_module(module), function)(name, n_classes=n_classes, in_channels=in_channels, **options)
+
+
+def _check_patch(patch: int | Zyx | None, info: NetworkInfo) -> Zyx:
+    assert info.patch is not None
+    if patch is None:
+        patch = info.patch
+    shape = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"patch was {patch}; give one edge or three (z, y, x) of at least 1 voxel, such as {info.patch}")
+    z, y, x = (int(n) for n in shape)
+    return z, y, x
+
+
+def default_patch(name: str, voxel_size_nm: VoxelSize) -> Zyx:
+    """Choose a patch that is about as thick as it is wide, in nanometres.
+
+    The axis with the finest voxels gets the edge of the published cube; any other the odd number of voxels nearest to
+    the same length, at least 1: an odd patch has its centre voxel in the middle, which matters where voxels are few.
+
+    Parameters
+    ----------
+    name : str
+        A patch network.
+    voxel_size_nm : (z, y, x)
+        Of the volume.
+
+    Examples
+    --------
+    >>> default_patch("4conv", (8.0, 8.0, 8.0)), default_patch("4conv", (30.0, 8.0, 8.0))
+    ((32, 32, 32), (9, 32, 32))
+    """
+    edge = NETWORKS[name].patch
+    if edge is None:
+        raise ValueError(f"{name} is a segmenter and has no patch; a patch belongs to patch networks")
+    finest = min(voxel_size_nm)
+    z, y, x = (edge if size == finest else _nearest_odd(edge * finest / size) for size in voxel_size_nm)
+    return z, y, x
+
+
+def _nearest_odd(length: float) -> int:
+    return max(1, 2 * round((length - 1) / 2) + 1)
+
+
 def check_model_name(name: str) -> None:
     """Refuse a model that does not exist.
 
@@ -92,6 +277,6 @@ def check_model_name(name: str) -> None:
     ValueError
         Listing those that do.
     """
-    if name not in TREE_MODELS:
-        known = ", ".join(TREE_MODELS)
+    if name not in TREE_MODELS and name not in NETWORKS:
+        known = ", ".join([*TREE_MODELS, *NETWORKS])
         raise ValueError(f"model {name!r} is unknown; known are {known} (`voxclf models` explains them)")

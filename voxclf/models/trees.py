@@ -16,6 +16,7 @@ from voxclf.feature_stack import FeatureStack
 from voxclf.geometry import UNIT, VoxelSize, Zyx, add
 from voxclf.labels import LabelSet
 from voxclf.metrics.calibration import CalibrationMap
+from voxclf.models.model import ModelKind
 from voxclf.provenance import IntensityStatistics
 
 
@@ -79,6 +80,11 @@ class TreeModel:
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def kind(self) -> ModelKind:
+        """Which files its folder has."""
+        return "trees"
+
+    @property
     def n_rounds(self) -> int:
         """1, or more with autocontext."""
         return len(self.classifiers)
@@ -104,6 +110,23 @@ class TreeModel:
         index = self.n_rounds - 1 if round_index is None else round_index
         is_last = index == self.n_rounds - 1
         return TreePredictor(self.stack(index), self.classifiers[index], self.calibration if is_last else None)
+
+    @property
+    def golden_halo(self) -> Zyx:
+        """Halo of the last round, the widest."""
+        return self.step().halo
+
+    def golden_answers(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """Each round's answer to a piece of the volume; what later rounds read is drawn from a fixed seed."""
+        drawn = np.random.default_rng(0).integers(0, 256, (self.label_set.n_classes, *image.shape[1:]), dtype=np.uint8)
+        answers = {}
+        for i in range(self.n_rounds):
+            step = self.step(i)
+            margin = [h - own for h, own in zip(self.golden_halo, step.halo, strict=True)]
+            z, y, x = (slice(m, n - m) for m, n in zip(margin, image.shape[1:], strict=True))
+            inputs = [image, drawn][: 1 if i == 0 else 2]
+            answers[f"probabilities_{i}"] = step(*(array[:, z, y, x] for array in inputs))
+        return answers
 
 
 @dataclass(frozen=True)

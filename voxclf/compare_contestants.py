@@ -1,0 +1,142 @@
+"""What takes part in a comparison: models with their own settings and the stages put on top of them.
+
+A contestant is written ``NAME[:option=value …][+autocontext[=ROUNDS]][+crf]``, for example
+``random_forest``, ``random_forest:bank=edges:trees=200`` or ``xgboost+autocontext+crf``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxclf.config import CompareConfig, FitConfig, make_config
+from voxclf.models.registry import TREE_MODELS, check_model_name
+
+AUTOCONTEXT, CRF = "autocontext", "crf"
+ROUNDS = 2
+SHARED = ("volume", "voxel_size", "bank", "sigmas", "dimensions", "samples", "balance", "folds", "unlabelled")
+"""Settings of a comparison that every fit takes over as they are."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model, its own settings, and the stages on top.
+
+    Parameters
+    ----------
+    name : str
+        As it was written; what tables and figures call it.
+    model : str
+        As ``voxclf models`` lists it.
+    options : mapping of str to str
+        Settings of ``voxclf fit`` for this contestant only.
+    rounds : int
+        1, or the rounds of autocontext.
+    with_crf : bool
+        Whether a tuned dense CRF refines the prediction.
+    """
+
+    name: str
+    model: str
+    options: Mapping[str, str]
+    rounds: int = 1
+    with_crf: bool = False
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it trains until a time budget is spent; trees take what they take."""
+        return self.model not in TREE_MODELS
+
+    @property
+    def folder_name(self) -> str:
+        """The name as a folder may be called on any system."""
+        return re.sub(r"[^A-Za-z0-9.+=_-]", "_", self.name)
+
+    @property
+    def without_crf(self) -> Contestant:
+        """The same model whose prediction the CRF refines."""
+        return Contestant(self.name.removesuffix(f"+{CRF}"), self.model, self.options, self.rounds)
+
+    @property
+    def without_last_stage(self) -> Contestant | None:
+        """What the last stage has to beat; None for a bare model."""
+        if self.with_crf:
+            return self.without_crf
+        if self.rounds > 1:
+            return Contestant(self.name.split("+")[0], self.model, self.options)
+        return None
+
+    def fit_config(self, config: CompareConfig, labels: str, classes: str | None, seed: int, output: Path) -> FitConfig:
+        """What ``voxclf fit`` is asked for.
+
+        Raises
+        ------
+        ValueError
+            If an option is unknown or has a value that is not allowed.
+        """
+        values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
+        values |= {name: getattr(config, name) for name in ("workers", "executor")}
+        if self.is_network:
+            values |= {"time": config.time, "device": config.device, "precision": config.precision}
+        if self.rounds > 1:
+            values["autocontext"] = self.rounds
+        values |= {"labels": labels, "classes": classes, "seed": seed, "output": str(output), "model": self.model}
+        try:
+            return make_config(FitConfig, {**values, **self.options, "overwrite": True})
+        except ValueError as error:
+            raise ValueError(f"--models {self.name}: {error}") from None
+
+
+def parse_contestants(text: str) -> tuple[Contestant, ...]:
+    """Read what stands after ``--models``.
+
+    Raises
+    ------
+    ValueError
+        If a model or a stage is unknown, an option has no value, or a contestant is named twice.
+    """
+    contestants = tuple(_parse(part.strip()) for part in text.split(","))
+    names = [contestant.name for contestant in contestants]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--models names {', '.join(twice)} twice; name each once, or give one another :option=value")
+    return contestants
+
+
+def _parse(text: str) -> Contestant:
+    head, *stages = text.split("+")
+    model, *settings = head.split(":")
+    check_model_name(model)
+    options = dict(_parse_option(setting, text) for setting in settings)
+    taken = set(options) & {*_SETTLED}
+    if taken:
+        raise ValueError(f"--models {text}: {', '.join(sorted(taken))} cannot differ between contestants; leave it out")
+    rounds, with_crf = 1, False
+    for stage in stages:
+        name, _, number = stage.partition("=")
+        if with_crf or (name == AUTOCONTEXT and rounds > 1) or name not in (AUTOCONTEXT, CRF):
+            raise ValueError(
+                f"--models {text}: stage +{stage} is not allowed here; after a model come, in this order and each "
+                f"optional, +{AUTOCONTEXT}[=ROUNDS] and +{CRF}"
+            )
+        if name == CRF:
+            with_crf = True
+            continue
+        rounds = int(number) if number.isdigit() else ROUNDS
+        if not 2 <= rounds <= 4 or (number and not number.isdigit()):
+            raise ValueError(f"--models {text}: +{AUTOCONTEXT}={number} is not allowed; give 2 to 4 rounds")
+    return Contestant(text, model, options, rounds, with_crf)
+
+
+# What the comparison itself decides, so that all contestants meet on the same ground.
+_SETTLED = ("volume", "labels", "voxel_size", "output", "model", "seed", "autocontext", "unlabelled", "overwrite")
+
+
+def _parse_option(setting: str, text: str) -> tuple[str, str]:
+    name, sign, value = setting.partition("=")
+    if not (name and sign and value):
+        raise ValueError(f"--models {text}: {setting!r} is not option=value; write for example random_forest:trees=200")
+    return name.replace("-", "_"), value

@@ -1,0 +1,517 @@
+"""From sparse labels to training windows: pieces of the image with the labels that lie in their middle.
+
+Three forms of window feed the one training loop (``P`` patch, ``R`` receptive field, both per axis)::
+
+    slab    1 × w × w labels of one plane       image P × (w + R - 1) × (w + R - 1), for exact patch networks
+    patch   one labelled voxel                  image P × P × P
+    crop    a box of labels                     the same box of the image, for segmenters
+
+A slab holds a patch of every voxel of its plane: the loss over it has the gradient of the batch of those patches at a
+hundredth of the work. The plane's normal is the axis across which labels are thin: z for labelled xy slices, y for xz
+slices, any where labels are dense in 3D.
+
+Windows are drawn around labelled voxels, class by class. What is drawn depends on the seed and the number of the step
+only, so training that was interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from voxclf.config import Balance
+from voxclf.engine.transfer import read_block
+from voxclf.geometry import Region, VoxelSize, Zyx, add, make_block, subtract
+from voxclf.labels import UNLABELLED_INDEX, LabelSet
+from voxclf.models.network_inputs import NetworkInput
+from voxclf.sampling import LabelSurvey, target_shares
+from voxclf.training.held_out import HeldOut
+from voxclf.volume import Volume
+
+Augmentation = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+GOOD_NORMAL = 0.5
+"""A plane is as good as the best one if a window in it holds this share of the best one's labels."""
+MAX_DRAWS = 64
+"""Voxels drawn per window wanted, in search of those with the step's normal; then any will do."""
+KEPT_BOXES = 64
+"""Boxes whose labelled voxels stay listed, 2 MB each at most."""
+
+
+@dataclass(frozen=True)
+class WindowForm:
+    """Shape of a window: the box of labels in its middle, and how much image lies around it.
+
+    Parameters
+    ----------
+    target : (z, y, x)
+        Box whose labels count.
+    before, after : (z, y, x)
+        Voxels of image on the lower and upper side of it.
+    normal : int, optional
+        Axis across which the network is applied at its native stride; None for patches and crops.
+    """
+
+    target: Zyx
+    before: Zyx = (0, 0, 0)
+    after: Zyx = (0, 0, 0)
+    normal: int | None = None
+
+    @property
+    def image_shape(self) -> Zyx:
+        """Shape of the image that goes into the network."""
+        return add(add(self.before, self.target), self.after)
+
+    @property
+    def dense_axes(self) -> tuple[bool, bool, bool]:
+        """Along which axes outputs are wanted at every voxel."""
+        z, y, x = (axis != self.normal for axis in range(3))
+        return z, y, x
+
+
+def slab_forms(patch: Zyx, receptive_field: Zyx, side: Zyx) -> tuple[WindowForm, ...]:
+    """Slabs across z, y and x, for a network that sees ``receptive_field`` of its patch from the patch's start on."""
+    forms = []
+    for normal in range(3):
+        target, after = list(side), [r - 1 - p // 2 for p, r in zip(patch, receptive_field, strict=True)]
+        target[normal] = 1
+        after[normal] = patch[normal] - 1 - patch[normal] // 2
+        forms.append(WindowForm(_zyx(target), _zyx(p // 2 for p in patch), _zyx(after), normal))
+    return tuple(forms)
+
+
+def patch_form(patch: Zyx) -> WindowForm:
+    """The patch around one voxel, which is at its index P // 2."""
+    return WindowForm((1, 1, 1), _zyx(p // 2 for p in patch), _zyx(p - 1 - p // 2 for p in patch))
+
+
+def crop_form(shape: Zyx, margin: Zyx = (0, 0, 0)) -> WindowForm:
+    """A crop whose labels count except within ``margin`` of its faces."""
+    return WindowForm(subtract(shape, add(margin, margin)), margin, margin)
+
+
+def window_side(side: int, voxel_size_nm: VoxelSize) -> Zyx:
+    """Side of a window per axis, voxels: ``side`` along the finest axis, the same length in nm along the others."""
+    finest = min(voxel_size_nm)
+    return _zyx(max(1, round(side * finest / size)) for size in voxel_size_nm)
+
+
+def _zyx(values: Iterator[int] | Sequence[int] | object) -> Zyx:
+    z, y, x = values  # type: ignore[misc]
+    return z, y, x
+
+
+class Window(NamedTuple):
+    """One window: its channels and its labels.
+
+    Parameters
+    ----------
+    image : ndarray of float32, shape (C, *form.image_shape)
+    target : ndarray of int64, shape form.target
+        Class index, -1 where nothing is labelled.
+    """
+
+    image: np.ndarray
+    target: np.ndarray
+
+
+class WindowBatch(NamedTuple):
+    """Windows of one form: images (B, C, ...), targets (B, ...), the form's number, where targets start (B, 3)."""
+
+    images: np.ndarray
+    targets: np.ndarray
+    form: int
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], form: int, starts: Sequence[Zyx]) -> WindowBatch:
+        """Stack windows."""
+        images, targets = (np.stack(arrays) for arrays in zip(*windows, strict=True))
+        return cls(images, targets, form, np.array(starts, np.int64))
+
+    @property
+    def n_labelled(self) -> int:
+        """Labelled voxels in it."""
+        return int((self.targets >= 0).sum())
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """Reads windows: the image through the network's input, mirrored at the volume's edge, and the labels.
+
+    Parameters
+    ----------
+    image, labels : Volume
+    inputs : NetworkInput
+        Makes channels of grey values.
+    label_set : LabelSet
+    """
+
+    image: Volume
+    labels: Volume
+    inputs: NetworkInput
+    label_set: LabelSet
+
+    def read_classes(self, region: Region) -> np.ndarray:
+        """Class indices of a box, -1 where unlabelled or outside the volume; int64 (z, y, x)."""
+        inside = region.intersect(Region((0, 0, 0), self.labels.shape))
+        classes = np.full(region.shape, UNLABELLED_INDEX, np.int64)
+        if inside.n_voxels:
+            found = self.label_set.remap_to_indices(self.labels.read(inside.start, inside.stop)[0])
+            classes[Region(subtract(inside.start, region.start), subtract(inside.stop, region.start)).slices] = found
+        return classes
+
+    def read(
+        self,
+        form: WindowForm,
+        start: Zyx,
+        target: np.ndarray,
+        augment: Augmentation | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Window:
+        """Read the image around the target that begins at ``start``; ``augment`` may change both."""
+        if augment is None:
+            region = Region(subtract(start, form.before), add(add(start, form.target), form.after))
+            return Window(self.inputs.compute(self._grey(region)), target)
+        assert rng is not None, "augmentation needs a random generator"
+        # An even patch reaches one voxel further down than up. With the wider margin on both sides a flipped image
+        # still has its labels in the middle; it is cut to the form afterwards.
+        margin = _zyx(max(a, b) for a, b in zip(form.before, form.after, strict=True))
+        region = Region(start, add(start, form.target)).grow(margin)
+        image, labelled = self._augmented(region, margin, target, augment, rng)
+        cut = Region(subtract(margin, form.before), add(add(margin, form.target), form.after))
+        middle = Region(margin, add(margin, form.target))
+        return Window(np.ascontiguousarray(image[(slice(None), *cut.slices)]), labelled[middle.slices])
+
+    def _grey(self, region: Region) -> np.ndarray:
+        return read_block(self.image, make_block(0, region, self.inputs.halo))[0]
+
+    def _augmented(
+        self, region: Region, margin: Zyx, target: np.ndarray, augment: Augmentation, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Augment grey values in units of their standard deviation, then make channels of them: features that are
+        computed of a flipped image are right, flipped features need not be."""
+        mean, std = np.float32(self.inputs.mean[0]), np.float32(self.inputs.std[0])
+        grey = (self._grey(region).astype(np.float32) - mean) / std
+        halo = self.inputs.halo
+        around = add(margin, halo)
+        labels = np.pad(target, [(m, m) for m in around], constant_values=UNLABELLED_INDEX)
+        image, labels = augment(grey[None], labels, rng)
+        inner = Region(halo, subtract(labels.shape, halo))  # type: ignore[arg-type]
+        return self.inputs.compute(np.asarray(image)[0] * std + mean), np.asarray(labels)[inner.slices]
+
+
+@dataclass(frozen=True)
+class BoxLabels:
+    """The labelled voxels of one box of a survey, listed by class, and how they lie.
+
+    Parameters
+    ----------
+    region : Region
+    positions : ndarray of uint32
+        Flat index in the box of its labelled voxels, classes ascending.
+    first : ndarray of int, shape (K + 1,)
+        Where each class begins in ``positions``.
+    fill : three ndarrays of float, lengths z, y, x
+        Labelled share of each plane across the axis.
+    """
+
+    region: Region
+    positions: np.ndarray
+    first: np.ndarray
+    fill: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, region: Region, classes: np.ndarray, n_classes: int) -> BoxLabels:
+        """List what ``classes`` (z, y, x) of a box hold."""
+        labelled = classes >= 0
+        flat = classes.ravel()
+        # Stable sorts of 16-bit integers are radix sorts: 2 ns a voxel.
+        order = np.argsort(flat.astype(np.int16), kind="stable")
+        bounds = np.searchsorted(flat[order], np.arange(n_classes + 1))
+        first = (bounds - bounds[0]).astype(np.int64)
+        z, y, x = (labelled.mean(axis=tuple(b for b in range(3) if b != a)) for a in range(3))
+        return cls(region, order[bounds[0] :].astype(np.uint32), first, (z, y, x))
+
+    def voxel(self, k: int, number: int) -> Zyx:
+        """Position in the volume of one labelled voxel of class ``k``."""
+        flat = int(self.positions[self.first[k] + number])
+        return add(self.region.start, _zyx(int(i) for i in np.unravel_index(flat, self.region.shape)))
+
+    def expected_labels(self, form: WindowForm) -> np.ndarray:
+        """Labels to expect in a slab at each plane across its normal, if they are spread evenly over the plane."""
+        assert form.normal is not None
+        inside = [
+            min(n, t) for a, (n, t) in enumerate(zip(self.region.shape, form.target, strict=True)) if a != form.normal
+        ]
+        return self.fill[form.normal] * math.prod(inside)
+
+    def good_forms(self, voxel: Zyx, forms: Sequence[WindowForm]) -> list[int]:
+        """Which forms suit a voxel: those whose window holds about the most labels."""
+        if len(forms) == 1:
+            return [0]
+        local = subtract(voxel, self.region.start)
+        expected = [self.expected_labels(form)[local[form.normal or 0]] for form in forms]
+        return [i for i, count in enumerate(expected) if count >= GOOD_NORMAL * max(expected)]
+
+    def best_form(self, forms: Sequence[WindowForm]) -> np.ndarray:
+        """Number of the one form that each voxel of the box is scored with, (z, y, x)."""
+        if len(forms) == 1:
+            return np.zeros(self.region.shape, np.int64)
+        expected = []
+        for form in forms:
+            shape = [1, 1, 1]
+            shape[form.normal or 0] = -1
+            expected.append(np.broadcast_to(self.expected_labels(form).reshape(shape), self.region.shape))
+        return np.argmax(expected, axis=0)
+
+
+class LabelIndex:
+    """Where the labelled voxels of a survey are; boxes are read when needed, and the last ones kept."""
+
+    def __init__(self, reader: WindowReader, survey: LabelSurvey) -> None:
+        self.reader = reader
+        self.survey = survey
+        self.counts = np.array(
+            [[box.counts.get(i, 0) for i in reader.label_set.ids] for box in survey.boxes], np.int64
+        ).reshape(-1, reader.label_set.n_classes)
+        self._kept: OrderedDict[int, BoxLabels] = OrderedDict()
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Labelled voxels per class, (K,)."""
+        return self.counts.sum(axis=0)
+
+    def box(self, number: int) -> BoxLabels:
+        """List the labels of one box."""
+        found = self._kept.get(number)
+        if found is None:
+            region = self.survey.boxes[number].region
+            found = BoxLabels.of(region, self.reader.read_classes(region), self.reader.label_set.n_classes)
+            self._kept[number] = found
+            # The threads that read ahead may both drop the oldest.
+            while len(self._kept) > KEPT_BOXES:
+                self._kept.popitem(last=False)
+        return found
+
+
+@dataclass(frozen=True)
+class WindowSampler:
+    """Draws training windows: a class by its share, a labelled voxel of it, a window that holds the voxel.
+
+    Parameters
+    ----------
+    index : LabelIndex
+        Of the labels that may be trained on.
+    held_out : HeldOut
+        What lies beside them in a window and may not.
+    forms : sequence of WindowForm
+        One per normal for slabs, or a single one. All windows of a step have one form.
+    n_windows : int
+        Windows per step.
+    balance : "sqrt", "equal" or "labelled"
+        Shares of the classes among the voxels drawn.
+    seed : int
+    augment : callable, optional
+    """
+
+    index: LabelIndex
+    held_out: HeldOut
+    forms: Sequence[WindowForm]
+    n_windows: int
+    balance: Balance
+    seed: int
+    augment: Augmentation | None = None
+    _class_ends: np.ndarray = field(init=False, repr=False)
+    _box_ends: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_class_ends", np.cumsum(target_shares(self.index.totals, self.balance)))
+        object.__setattr__(self, "_box_ends", np.cumsum(self.index.counts, axis=0))
+
+    def draw(self, step: int) -> WindowBatch:
+        """Draw the windows of one step; the same for the same seed and step."""
+        rng = np.random.default_rng([self.seed, step])
+        form, starts = self._place(rng)
+        windows = [
+            self.index.reader.read(self.forms[form], start, self._target(form, start), self.augment, rng)
+            for start in starts
+        ]
+        return WindowBatch.of(windows, form, starts)
+
+    def draw_targets(self, step: int) -> np.ndarray:
+        """The labels of :meth:`draw` before augmentation, without reading the image; (B, ...)."""
+        form, starts = self._place(np.random.default_rng([self.seed, step]))
+        return np.stack([self._target(form, start) for start in starts])
+
+    def _place(self, rng: np.random.Generator) -> tuple[int, list[Zyx]]:
+        """Choose a form and where its windows start."""
+        voxel, good = self._draw_voxel(rng)
+        form = good[rng.integers(len(good))]
+        voxels = [voxel]
+        for _ in range(MAX_DRAWS * self.n_windows):
+            if len(voxels) == self.n_windows:
+                break
+            voxel, good = self._draw_voxel(rng)
+            if form in good:
+                voxels.append(voxel)
+        while len(voxels) < self.n_windows:
+            voxels.append(self._draw_voxel(rng)[0])
+        return form, [self._window_around(voxel, self.forms[form], rng) for voxel in voxels]
+
+    def _draw_voxel(self, rng: np.random.Generator) -> tuple[Zyx, list[int]]:
+        k = int(np.searchsorted(self._class_ends, rng.random() * self._class_ends[-1], side="right"))
+        ends = self._box_ends[:, k]
+        ticket = int(rng.integers(ends[-1]))
+        number = int(np.searchsorted(ends, ticket, side="right"))
+        box = self.index.box(number)
+        voxel = box.voxel(k, ticket - int(ends[number] - self.index.counts[number, k]))
+        return voxel, box.good_forms(voxel, self.forms)
+
+    def _window_around(self, voxel: Zyx, form: WindowForm, rng: np.random.Generator) -> Zyx:
+        """Start of a window with the voxel anywhere in it, inside the volume where the volume is large enough."""
+        shape = self.index.reader.labels.shape
+        return _zyx(
+            min(max(0, v - int(rng.integers(t))), max(0, n - t))
+            for v, t, n in zip(voxel, form.target, shape, strict=True)
+        )
+
+    def _target(self, form: int, start: Zyx) -> np.ndarray:
+        region = Region(start, add(start, self.forms[form].target))
+        classes = self.index.reader.read_classes(region)
+        return np.where(self.held_out.may_train(region), classes, UNLABELLED_INDEX)
+
+
+def count_drawn(sampler: WindowSampler, n_steps: int) -> np.ndarray:
+    """Labelled voxels of each class in the windows of the first steps, (K,); reads labels only."""
+    K = sampler.index.reader.label_set.n_classes
+    counts = np.zeros(K, np.int64)
+    for step in range(n_steps):
+        target = sampler.draw_targets(step)
+        counts += np.bincount(target[target >= 0], minlength=K)
+    return counts
+
+
+def loss_weights(totals: np.ndarray, balance: Balance, drawn: np.ndarray) -> np.ndarray:
+    """Weight of each class in the loss, so that classes together weigh as ``balance`` says, however they were drawn.
+
+    Parameters
+    ----------
+    totals : ndarray of int, shape (K,)
+        Labelled voxels per class.
+    balance : "sqrt", "equal" or "labelled"
+    drawn : ndarray of int, shape (K,)
+        Labelled voxels per class in a sample of training windows, from :func:`count_drawn`.
+
+    Returns
+    -------
+    ndarray of float32, shape (K,)
+        Mean 1 over the voxels drawn; 0 for classes without labels.
+    """
+    shares = target_shares(totals, balance)
+    weights = np.divide(shares, drawn, out=np.zeros(len(shares)), where=drawn > 0)
+    return (weights * drawn.sum() / (weights * drawn).sum()).astype(np.float32)
+
+
+class ScoredWindow(NamedTuple):
+    """Where a window is to be scored: its form, its start, and the box and part whose labels it answers for."""
+
+    form: int
+    start: Zyx
+    box: int
+    part: Region
+    n_labelled: int
+
+
+def list_scored_windows(index: LabelIndex, forms: Sequence[WindowForm], limit: int, seed: int) -> list[ScoredWindow]:
+    """List windows in which labelled voxels are scored, each voxel in at most one of them.
+
+    Every box gives its even share of ``limit`` labelled voxels, so the windows sample all of the labels; their order
+    is random, so that any first part of the list does so too.
+    """
+    total = int(index.totals.sum())
+    rng = np.random.default_rng([seed, total])
+    share = min(1.0, limit / max(1, total))
+    is_voxelwise = all(form.target == (1, 1, 1) for form in forms)
+    windows: list[ScoredWindow] = []
+    for number in range(len(index.survey.boxes)):
+        found = _voxels_of(index, number, share, rng) if is_voxelwise else _parts_of(index, number, forms, share, rng)
+        windows.extend(found)
+    return [windows[i] for i in rng.permutation(len(windows))]
+
+
+def _voxels_of(index: LabelIndex, number: int, share: float, rng: np.random.Generator) -> Iterator[ScoredWindow]:
+    box = index.box(number)
+    n = len(box.positions)
+    # The fraction of a voxel left over is a voxel in as many boxes of hundred.
+    wanted = min(n, int(share * n + rng.random()))
+    for flat in box.positions[np.sort(rng.choice(n, wanted, replace=False))]:
+        local = _zyx(int(i) for i in np.unravel_index(int(flat), box.region.shape))
+        voxel = add(box.region.start, local)
+        yield ScoredWindow(0, voxel, number, Region(voxel, add(voxel, (1, 1, 1))), 1)
+
+
+def _parts_of(
+    index: LabelIndex, number: int, forms: Sequence[WindowForm], share: float, rng: np.random.Generator
+) -> list[ScoredWindow]:
+    box = index.box(number)
+    labelled = np.zeros(math.prod(box.region.shape), bool)
+    labelled[box.positions] = True
+    labelled = labelled.reshape(box.region.shape)
+    best = box.best_form(forms)
+    parts: list[ScoredWindow] = []
+    for i, form in enumerate(forms):
+        mine = labelled & (best == i)
+        for part in _tiles(box.region, form.target):
+            local = Region(subtract(part.start, box.region.start), subtract(part.stop, box.region.start))
+            n = int(np.count_nonzero(mine[local.slices]))
+            if n:
+                parts.append(ScoredWindow(i, part.start, number, part, n))
+    if share >= 1:
+        return parts
+    wanted = share * sum(part.n_labelled for part in parts)
+    kept: list[ScoredWindow] = []
+    for i in rng.permutation(len(parts)):
+        # A part is taken with the probability that the labels still wanted give it.
+        if wanted < parts[i].n_labelled * rng.random():
+            break
+        kept.append(parts[i])
+        wanted -= parts[i].n_labelled
+    return kept
+
+
+def _tiles(region: Region, shape: Zyx) -> Iterator[Region]:
+    ranges = [range(a, b, n) for a, b, n in zip(region.start, region.stop, shape, strict=True)]
+    for z in ranges[0]:
+        for y in ranges[1]:
+            for x in ranges[2]:
+                yield Region((z, y, x), add((z, y, x), shape)).intersect(region)
+
+
+def read_scored(index: LabelIndex, forms: Sequence[WindowForm], window: ScoredWindow) -> Window:
+    """Read a window to be scored; labels that other windows answer for are -1."""
+    form = forms[window.form]
+    target = np.full(form.target, UNLABELLED_INDEX, np.int64)
+    classes = index.reader.read_classes(window.part)
+    if len(forms) > 1:
+        box = index.box(window.box)
+        local = Region(subtract(window.part.start, box.region.start), subtract(window.part.stop, box.region.start))
+        classes = np.where(box.best_form(forms)[local.slices] == window.form, classes, UNLABELLED_INDEX)
+    target[Region((0, 0, 0), window.part.shape).slices] = classes
+    return index.reader.read(form, window.start, target)
+
+
+def scored_batches(
+    index: LabelIndex, forms: Sequence[WindowForm], windows: Sequence[ScoredWindow], n_windows: int
+) -> Iterator[WindowBatch]:
+    """Read windows in batches of one form."""
+    for i in range(len(forms)):
+        own = [window for window in windows if window.form == i]
+        for first in range(0, len(own), n_windows):
+            some = own[first : first + n_windows]
+            yield WindowBatch.of([read_scored(index, forms, window) for window in some], i, [w.start for w in some])
