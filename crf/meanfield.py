@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from crf.gaussian import kernel_radius
+from crf.gaussian import intensity_basis, kernel_radius
 from crf.potentials import Penalty, check_probabilities, parse_penalty, penalty_matrix, per_axis
 from crf.problem import Problem
 
@@ -262,6 +262,21 @@ class DenseCRF:
 
         size = per_axis(voxel_size_nm, 3, "voxel_size_nm", "nanometres")
         return peak_bytes(shape, n_classes, n_image_channels, _in_voxels(self.bilateral_sigma_nm, size), self.tolerance)
+
+    def count_intensity_terms(self, n_image_channels: int = 1) -> int:
+        """How many intensity terms, to which time is proportional, an image of integers needs.
+
+        Raises
+        ------
+        ValueError
+            If they are more than `gaussian.MAX_TERMS`, which `refine` would refuse too.
+        """
+        from crf.compiled import INTENSITY_SHARE
+
+        sigmas: tuple[float, ...] = self.intensity_sigma  # type: ignore[assignment]
+        sigmas = sigmas * n_image_channels if len(sigmas) == 1 else sigmas
+        ranges = (1.0,) * len(sigmas)
+        return intensity_basis(sigmas, ranges, 2, INTENSITY_SHARE * self.tolerance).n_terms
 
     def problem(self, image: NDArray, probabilities: NDArray, voxel_size_nm: Sequence[float]) -> Problem:
         """Check the arguments of `refine` and bring them into the form that every backend reads."""

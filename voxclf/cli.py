@@ -88,9 +88,13 @@ def _add_command(commands: Any, kind: type[Config]) -> None:
     for name in positional:
         # Optional for argparse, because --config may give it; make_config says what is missing.
         command.add_argument(name, nargs="?", metavar=name.upper(), help=kind.model_fields[name].description)
+    groups: dict[str, Any] = {"": command}
     for name in _by_importance(kind):
         if name not in positional:
-            _add_option(command, name, kind.model_fields[name])
+            title = _help_group(kind, name)
+            if title not in groups:
+                groups[title] = command.add_argument_group(title)
+            _add_option(groups[title], name, kind.model_fields[name])
     command.add_argument("--config", metavar="FILE", help="TOML file with any of these settings")
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
     command.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
@@ -102,7 +106,13 @@ def _by_importance(kind: type[Config]) -> list[str]:
     return [name for name in dict.fromkeys(declared) if name in kind.model_fields]
 
 
-def _add_option(command: argparse.ArgumentParser, name: str, field: Any) -> None:
+def _help_group(kind: type[Config], name: str) -> str:
+    """Heading that an option stands under in the help: that of the class which declares it, if it has one."""
+    declaring = next(part for part in kind.__mro__ if name in vars(part).get("__annotations__", {}))
+    return str(vars(declaring).get("help_group", ""))
+
+
+def _add_option(command: Any, name: str, field: Any) -> None:
     flags = [f"--{name.replace('_', '-')}"]
     if name == "output":
         flags.insert(0, "-o")

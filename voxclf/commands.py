@@ -37,11 +37,12 @@ def _info(config: cfg.InfoConfig, progress: Progress) -> CommandResult:
 
 
 def _models(config: cfg.ModelsConfig, progress: Progress) -> CommandResult:
-    from voxclf.models.registry import TREE_MODELS
+    from voxclf.models.registry import NETWORKS, TREE_MODELS
 
-    lines = [f"{info.name:<24}{info.description}" for info in TREE_MODELS.values()]
+    models = [*TREE_MODELS.values(), *NETWORKS.values()]
     return CommandResult(
-        lines, {info.name: {"description": info.description, **info.defaults} for info in TREE_MODELS.values()}
+        [f"{info.name:<24}{info.description}" for info in models],
+        {info.name: {"description": info.description, **info.defaults} for info in models},
     )
 
 
@@ -69,25 +70,51 @@ def _fit(config: cfg.FitConfig, progress: Progress) -> CommandResult:
     )
 
 
+def _pretrain(config: cfg.PretrainConfig, progress: Progress) -> CommandResult:
+    from voxclf.pretraining import pretrain_on_volume
+
+    result = pretrain_on_volume(config, progress)
+    cfg.save_config(config, Path(config.output) / "config.toml")
+    losses = [entry["validation_loss"] for entry in result.history]
+    return CommandResult(
+        [
+            f"loss         {losses[0]:.4f} > {min(losses):.4f}; {len(losses)} rounds, {result.n_patches_seen:,} patches",
+            f"written to   {config.output}; use it with voxclf fit --model {config.model} --init {config.output}",
+        ],
+        {"output": config.output, "history": result.history, "seconds": result.seconds},
+    )
+
+
+def _export(config: cfg.ExportConfig, progress: Progress) -> CommandResult:
+    from voxclf.export import export_model
+
+    paths = [str(path) for path in export_model(config)]
+    return CommandResult([f"written to   {path}" for path in paths], {"outputs": paths})
+
+
 def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
     from voxclf.predict import predict_volume
+    from voxclf.summary import format_certificate
 
     started = time.perf_counter()
     result = predict_volume(config, progress)
     cfg.save_config(config, result.folder / "config.toml")
     paths = [volume.path for volume in result.job.volumes]
     device = [] if result.device == "cpu" else [f"device       {result.device}: one block at a time; --workers ignored"]
+    certificate = [format_certificate(result.certificate)] if result.certificate else []
     resumed = f", {result.job.n_resumed} of them were there already" if result.job.n_resumed else ""
     return CommandResult(
         [
             *(f"warning      {warning}" for warning in result.warnings),
             *device,
             f"blocks       {result.job.n_blocks}{resumed}",
+            *certificate,
             *(f"written to   {path}" for path in paths),
         ],
         {
             "outputs": paths,
             "device": result.device,
+            "certificate": result.certificate,
             "n_blocks": result.job.n_blocks,
             "n_resumed": result.job.n_resumed,
             "seconds": round(time.perf_counter() - started, 3),
@@ -119,7 +146,7 @@ def _compare(config: cfg.CompareConfig, progress: Progress) -> CommandResult:
 
 
 def _crf_tune(config: cfg.CrfTuneConfig, progress: Progress) -> CommandResult:
-    from voxclf.refine import tune_parameters
+    from voxclf.refine import choose_output, tune_parameters
     from voxclf.summary import format_scores, score_values
 
     result = tune_parameters(config, progress)
@@ -134,10 +161,10 @@ def _crf_tune(config: cfg.CrfTuneConfig, progress: Progress) -> CommandResult:
         *_structure_lines(result.structure, result.parameters.classes),
         f"  faces between classes that never touch in the labels: {contacts[0]:,} > {contacts[1]:,}",
         f"tried        {result.n_evaluations} sets of parameters{short}",
-        f"written to   {config.output}{'' if result.parameters.enabled else ' (enabled = false)'}",
+        f"written to   {choose_output(config)}{'' if result.parameters.enabled else ' (enabled = false)'}",
     ]
     scores = {"before": score_values(result.before), "after": score_values(result.after)}
-    values = {"output": config.output, "enabled": result.parameters.enabled, **result.to_dict(), **scores}
+    values = {"output": str(choose_output(config)), "enabled": result.parameters.enabled, **result.to_dict(), **scores}
     return CommandResult(lines, values)
 
 
@@ -247,6 +274,8 @@ _COMMANDS: dict[type[cfg.Config], Callable[[Any, Progress], CommandResult]] = {
     cfg.ModelsConfig: _models,
     cfg.FeaturesConfig: _features,
     cfg.FitConfig: _fit,
+    cfg.PretrainConfig: _pretrain,
+    cfg.ExportConfig: _export,
     cfg.PredictConfig: _predict,
     cfg.EvaluateConfig: _evaluate,
     cfg.CompareConfig: _compare,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from voxclf.compare_contestants import Contestant, parse_contestants
 from voxclf.compare_runs import RUNS, Ground, Run, run_contestant, run_folder
 from voxclf.compare_scores import Difference, Standing, differences_to_best, rank, stage_gains
-from voxclf.compare_split import HeldOut, bounding_region, hold_out_slab, survey_all
+from voxclf.compare_split import HeldOut, bounding_region, hold_out_slab, survey_all, survey_within
 from voxclf.config import CompareConfig, save_config
 from voxclf.engine.executors import Executor, make_executor
 from voxclf.engine.ledger import fingerprint, write_atomically
@@ -195,10 +195,10 @@ def _prepare_ground(
         split = _take_validation(config, volume, executor)
     else:
         split = hold_out_slab(labels, label_set, size, gap, config.slabs, folder, executor)
-    asked = choose_region(config.region, volume)
-    split = replace(split, region=split.region.intersect(asked))
-    if not split.region.n_voxels:
-        raise ValueError(f"--region was {config.region}, which holds none of the labels to score on ({split.note})")
+    if config.region:
+        test, asked = open_labels(split.test, volume.shape), choose_region(config.region, volume)
+        seen = survey_within(test, config.unlabelled, asked, executor)
+        split = replace(split, region=bounding_region(seen))
     tuning = None
     if any(contestant.with_crf for contestant in contestants):
         train = open_labels(split.train, volume.shape)

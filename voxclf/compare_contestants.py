@@ -132,7 +132,10 @@ def _parse(text: str) -> Contestant:
 
 
 # What the comparison itself decides, so that all contestants meet on the same ground.
-_SETTLED = ("volume", "labels", "voxel_size", "output", "model", "seed", "autocontext", "unlabelled", "overwrite")
+_SETTLED = (
+    *("volume", "labels", "voxel_size", "classes", "unlabelled"),
+    *("output", "overwrite", "model", "autocontext", "seed", "time"),
+)
 
 
 def _parse_option(setting: str, text: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from voxclf.compare import Comparison
 from voxclf.compare_figures import draw_pareto, draw_predictions
 from voxclf.compare_scores import SCORES, Difference, Standing
-from voxclf.compare_split import survey_all
+from voxclf.compare_split import survey_within
 from voxclf.config import CompareConfig
 from voxclf.engine.executors import make_executor
 from voxclf.engine.ledger import write_atomically
@@ -22,7 +22,6 @@ from voxclf.metrics.bootstrap import Interval
 from voxclf.metrics.voxelwise import finite_or_none
 from voxclf.provenance import describe_input, software_versions, timestamp
 from voxclf.report import ReportFigure
-from voxclf.sampling import LabelledBox, LabelSurvey
 from voxclf.volume import open_labels, open_volume
 
 PAGE, TABLE, NUMBERS, PARETO, PREDICTIONS = (
@@ -51,12 +50,11 @@ def write_comparison(comparison: Comparison, config: CompareConfig) -> Path:
     folder = Path(config.output)
     volume = open_volume(config.volume, config.voxel_size)
     truth = open_labels(comparison.split.test, volume.shape)
-    survey = survey_all(truth, config.unlabelled, make_executor(config.executor, config.workers))
-    seen = [(box.region.intersect(comparison.split.region), box.counts) for box in survey.boxes]
-    within = LabelSurvey(tuple(LabelledBox(region, counts) for region, counts in seen if region.n_voxels))
+    executor = make_executor(config.executor, config.workers)
+    survey = survey_within(truth, config.unlabelled, comparison.split.region, executor)
     pareto = render_svg(draw_pareto(comparison.standings))
     predictions = render_jpeg(
-        draw_predictions(comparison.standings, volume, truth, within, comparison.split.region, comparison.label_set),
+        draw_predictions(comparison.standings, volume, truth, survey, comparison.split.region, comparison.label_set),
         PICTURE_DPI,
     )
     write_atomically(folder / TABLE, render_csv(comparison))

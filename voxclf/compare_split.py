@@ -19,7 +19,7 @@ from voxclf.engine.run import fold_blocks
 from voxclf.geometry import ORIGIN, Block, Region, VoxelSize, Zyx, make_block, select_blocks, split_into_blocks
 from voxclf.labels import LabelSet
 from voxclf.progress import last
-from voxclf.sampling import LabelSurvey, SlabSplit, split_into_slabs, survey_labels
+from voxclf.sampling import LabelledBox, LabelSurvey, SlabSplit, split_into_slabs, survey_labels
 from voxclf.volume import DEFAULT_CHUNK, Volume, create_volume
 
 # How the axes of a thin box are turned into pages, rows and columns of a file, by the axis it is thinnest along.
@@ -64,6 +64,27 @@ def survey_all(labels: Volume, unlabelled: int, executor: Executor) -> LabelSurv
             "--unlabelled which value means unlabelled"
         )
     return survey
+
+
+def survey_within(labels: Volume, unlabelled: int, region: Region, executor: Executor) -> LabelSurvey:
+    """Find the labelled boxes of a region, each as far as it lies inside and holds a label there.
+
+    Raises
+    ------
+    ValueError
+        If nothing is labelled in the region.
+    """
+    kept = []
+    for box in survey_all(labels, unlabelled, executor).boxes:
+        inside = box.region.intersect(region)
+        if inside.n_voxels and (labels.read(inside.start, inside.stop) != unlabelled).any():
+            kept.append(LabelledBox(inside, box.counts))
+    if not kept:
+        raise ValueError(
+            f"labels {labels.path} hold no labelled voxel in {region}, so there is nothing to score; give another "
+            "--region, or leave it out"
+        )
+    return LabelSurvey(tuple(kept))
 
 
 def bounding_region(survey: LabelSurvey) -> Region:
@@ -127,9 +148,8 @@ def hold_out_slab(
         f"held out {n_test:,} labelled voxels between {first} and {behind} along {'zyx'[split.axis]}, left out "
         f"{split.gap} voxels on each side of them, {n_train:,} labelled voxels to train on"
     )
-    boxes = [box.region.intersect(test[0]) for box in survey.boxes]
-    kept = LabelSurvey(tuple(type(survey.boxes[0])(box, {}) for box in boxes if box.n_voxels))
-    return HeldOut(paths["train"], paths["held_out"], bounding_region(kept), note)
+    region = bounding_region(survey_within(labels, label_set.unlabelled, test[0], executor))
+    return HeldOut(paths["train"], paths["held_out"], region, note)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from voxclf.geometry import Block, VoxelSize, Zyx, make_block, split_into_blocks
 from voxclf.labelled_slices import LabelProfiles, profile_labels
 from voxclf.labels import LabelSet
 from voxclf.learning_curve import LearningCurve, measure_learning_curve
+from voxclf.models.registry import TREE_MODELS
 from voxclf.progress import Progress, last, silent
 from voxclf.sampling import survey_labels
 from voxclf.volume import Volume, open_labels, open_volume
@@ -209,10 +210,15 @@ def explore(config: ExploreConfig, progress: Progress = silent) -> Exploration:
     Raises
     ------
     ValueError
-        If a learning curve is asked for without labels, or labels and volume do not fit.
+        If a learning curve is asked for without labels or with a model that is no tree model, or labels and volume do
+        not fit.
     """
     if config.learning_curve and not config.labels:
         raise ValueError("--learning-curve was given without LABELS; give labels to learn from, or leave it out")
+    if config.model not in TREE_MODELS:
+        raise ValueError(
+            f"--model was {config.model!r}, but a learning curve fits tree models: {', '.join(TREE_MODELS)}; choose one"
+        )
     volume = open_volume(config.volume, config.voxel_size)
     labels = open_labels(config.labels, volume.shape) if config.labels else None
     executor = make_executor(config.executor, config.workers)
@@ -269,15 +275,11 @@ def _look_at_labels(
     profiles = profile_labels(labels, survey, label_set, executor, progress)
     boxes = [make_block(i, box.region) for i, box in enumerate(survey.boxes)]
     chosen = _thin_out(boxes, config.voxels, config.seed)
-    counts = _sum_blocks(
-        "classes", CountClassesFold(scale, label_set), [labels, volume], chosen, executor, progress
-    )
+    counts = _sum_blocks("classes", CountClassesFold(scale, label_set), [labels, volume], chosen, executor, progress)
     curve = None
     if config.learning_curve:
         label_set.check_counts(profiles.counts)
-        curve = measure_learning_curve(
-            volume, labels, survey, profiles, label_set, options, executor, progress
-        )
+        curve = measure_learning_curve(volume, labels, survey, profiles, label_set, options, executor, progress)
     sampled = Sampled(int(counts.sum()), profiles.n_labelled, len(chosen))
     return LabelSummary(label_set, profiles, sampled, labels.path), counts, curve
 

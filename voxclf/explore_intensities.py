@@ -60,7 +60,7 @@ class GreyScale:
     @property
     def values(self) -> NDArray[np.float64]:
         """Grey value of each bin, shape (B,)."""
-        return self.first + self.step * np.arange(self.n_bins)
+        return self.first + self.step * np.arange(self.n_bins, dtype=np.float64)
 
     def bin_of(self, array: NDArray) -> NDArray[np.intp]:
         """Number of each voxel's bin; values beyond the ends count in the outermost bins."""
@@ -250,7 +250,7 @@ def coarsen(scale: GreyScale, counts: NDArray[np.int64], overall: NDArray[np.int
     joined = np.zeros((len(counts) + 1, n_bins), np.int64)
     for row, source in enumerate((*counts, overall)):
         np.add.at(joined[row], target, source)
-    middles = scale.first + scale.step * (int(low) + width * np.arange(n_bins) + (width - 1) / 2)
+    middles = scale.first + scale.step * (int(low) + width * np.arange(n_bins, dtype=np.float64) + (width - 1) / 2)
     return CoarseHistograms(middles, joined[:-1], joined[-1])
 
 

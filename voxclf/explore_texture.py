@@ -172,18 +172,32 @@ def _implied_sizes(curves: Sequence[NDArray[np.float64]], voxel_size_nm: VoxelSi
     return from_plane, from_x, from_y
 
 
+#: Lags are compared as long as this share of the neighbours' correlation is left; beyond, tissue differs by chance.
+LEAST_LEFT = 0.3
+#: Neighbours that are less alike than this are mostly noise to each other and tell nothing about distances.
+LEAST_CORRELATION = 0.1
+
+
 def _distance_in(reference: NDArray[np.float64], size_nm: float, curve: NDArray[np.float64]) -> float:
-    """Distance along a reference axis, nm, at which its correlation is that of neighbours on a curve."""
-    if len(curve) < 2 or len(reference) < 3 or not curve[1] > 0:
+    """Length of one step along a curve, nm, judged by where on a reference axis correlation is the same."""
+    if min(len(curve) + 1, len(reference)) < 3 or not min(curve[1], reference[1]) > LEAST_CORRELATION:
         return math.nan
-    level = float(curve[1])
-    if level >= reference[1]:
-        # Nearer than a voxel: correlation falls from lag 1 on about as the square of the distance.
-        drop = float(reference[1] - reference[2])
-        if drop <= 0:
-            return math.nan
-        return size_nm * math.sqrt(max(1 - 3 * (level - float(reference[1])) / drop, 1 / 64))
-    return size_nm * _first_crossing(np.concatenate([[1.0], reference[1:]]), level)
+    steps = [_find_level(reference, float(curve[1]))]
+    for lag in range(2, len(curve)):
+        if curve[lag] < LEAST_LEFT * curve[1]:
+            break
+        steps.append(_find_level(reference, float(curve[lag])) / lag)
+    known = [step for step in steps if not math.isnan(step)]
+    return size_nm * math.exp(float(np.mean(np.log(known)))) if known else math.nan
+
+
+def _find_level(reference: NDArray[np.float64], level: float) -> float:
+    """Lag, not whole, at which a curve reaches a level."""
+    if level < reference[1]:
+        return _first_crossing(np.concatenate([[1.0], reference[1:]]), level)
+    # Nearer than a voxel: there correlation falls with the square of the distance, from a top that noise hides.
+    drop = float(reference[1] - reference[2])
+    return math.sqrt(max(1 - 3 * (level - float(reference[1])) / drop, 1 / 64)) if drop > 0 else math.nan
 
 
 # --- slices ---

@@ -10,7 +10,7 @@ from voxclf.explore_texture import SliceOrder
 
 LEAST_CLASS_VOXELS = 100
 #: Tissue itself may look different along its axes; only a greater factor than this points at the voxel size.
-SIZE_FACTOR = 2.0
+SIZE_FACTOR = 2.5
 MOST_LISTED = 6
 
 _DEFECT_TEXTS: dict[str, tuple[str, str]] = {
@@ -55,9 +55,9 @@ def _about_intensities(found: Exploration) -> Iterator[str]:
     ):
         if share:
             yield (
-                f"{share:.1%} of the voxels have the {end} grey value there is, {value:g}, far more than the values "
-                "next to it: the detector was saturated, the contrast was stretched too far, or the image has an empty "
-                "border. What was cut off is lost; go back to the original images if you can."
+                f"{100 * share:.1f} % of the voxels have the {end} grey value there is, {value:g}, far more than the "
+                "values next to it: the detector was saturated, the contrast was stretched too far, or the image has "
+                "an empty border. What was cut off is lost; go back to the original images if you can."
             )
 
 

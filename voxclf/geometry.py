@@ -125,6 +125,12 @@ class Block:
         """What the step must see: the computed box and the halo around it. May stick out of the volume."""
         return self.computed.grow(self.halo)
 
+    def outside(self, shape: Zyx) -> tuple[Zyx, Zyx]:
+        """How far :attr:`read` sticks out of a volume of this shape, before its start and after its stop."""
+        before = tuple(max(0, -a) for a in self.read.start)
+        after = tuple(max(0, b - n) for b, n in zip(self.read.stop, shape, strict=True))
+        return before, after  # type: ignore[return-value]
+
     @property
     def core_in_computed(self) -> Region:
         """Where the core lies within the array that the step returns."""

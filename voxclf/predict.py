@@ -23,11 +23,11 @@ from voxclf.labels import LabelSet
 from voxclf.models.checkpoint import load_model, model_fingerprint
 from voxclf.models.devices import (
     Device,
-    Evaluation,
-    check_evaluation,
+    Inference,
+    check_inference,
     choose_device,
     choose_executor,
-    describe_evaluation,
+    describe_inference,
     make_step,
 )
 from voxclf.models.model import Model
@@ -85,8 +85,8 @@ def predict_volume(config: PredictConfig, progress: Progress = silent) -> Predic
         it is kept, and the next call goes on from there.
     """
     model = load_model(Path(config.model))
-    evaluation = Evaluation.from_options(config, config.memory, config.workers)
-    check_evaluation(model, evaluation)
+    inference = Inference.from_options(config, config.memory, config.workers)
+    check_inference(model.name, inference)
     volume = open_volume(config.volume, config.voxel_size)
     warnings = check_volume(model, volume)
     region = choose_region(config.region, volume)
@@ -97,7 +97,7 @@ def predict_volume(config: PredictConfig, progress: Progress = silent) -> Predic
     folder = Path(config.output)
     inputs = [volume]
     certificate: dict[str, Any] = {}
-    for job in _plan_rounds(model, volume, region, config, device, evaluation):
+    for job in _plan_rounds(model, volume, region, config, device, inference):
         is_last = job.description["round"] == model.n_rounds
         pyramid = config.pyramid and is_last
         job = replace(job, inputs=inputs)
@@ -107,13 +107,13 @@ def predict_volume(config: PredictConfig, progress: Progress = silent) -> Predic
             certificate = job.check.summarise()
             for output in result.volumes:
                 add_provenance(Path(output.path), {"certificate": certificate})
-    if evaluation.approximation:
-        warnings = (*warnings, f"the result is {evaluation.approximation}")
+    if inference.approximation:
+        warnings = (*warnings, f"the result is {inference.approximation}")
     return Prediction(folder, model.label_set, region, result, warnings, device, certificate)
 
 
 def _plan_rounds(
-    model: Model, volume: Volume, region: Region, config: PredictConfig, device: Device, evaluation: Evaluation
+    model: Model, volume: Volume, region: Region, config: PredictConfig, device: Device, inference: Inference
 ) -> Iterator[BlockJob]:
     """One job per round of autocontext; all but the last write the probabilities that the next one reads."""
     folder = Path(config.output)
@@ -127,7 +127,7 @@ def _plan_rounds(
             "region": str(region),
             "probabilities": config.probabilities,
             **({"uncertainty": True} if config.uncertainty else {}),
-            **describe_evaluation(model, evaluation),
+            **describe_inference(model, inference),
         }
         # A later round looks around each voxel, so earlier ones reach further than the region asked for.
         reach = model.step().halo if not is_last else ORIGIN
@@ -143,7 +143,7 @@ def _plan_rounds(
             model.label_set.names,
         )
         final = describe_outputs(folder, model.label_set, config.probabilities, with_uncertainty=config.uncertainty)
-        step = make_step(model, device, round_index=index, evaluation=evaluation)
+        step = make_step(model, device, round_index=index, inference=inference)
         yield BlockJob(
             step=step,
             inputs=[],

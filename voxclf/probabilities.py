@@ -35,7 +35,7 @@ def to_float32(probabilities: np.ndarray) -> np.ndarray:
 
 
 def encode_uncertainty(probabilities: np.ndarray) -> np.ndarray:
-    """Store the entropy of probabilities (K, Z, Y, X) over its largest value ln K, (1, Z, Y, X): 0 sure, 255 no idea."""
+    """Store entropy over its largest value ln K: probabilities (K, Z, Y, X) to (1, Z, Y, X), 0 sure, 255 no idea."""
     entropy = np.zeros(probabilities.shape[1:], np.float32)
     for share in probabilities:  # class by class, so that no second array of all classes is held
         entropy -= share * np.log(np.maximum(share, np.float32(1e-12)))

@@ -13,48 +13,33 @@ from typing import Any
 
 import numpy as np
 
-from voxclf.config import CrfRefineConfig, CrfTuneConfig, PredictionInput
+from voxclf.config import CrfRefineConfig, CrfTuneConfig
+from voxclf.crf_inputs import CrfVolumes, open_crf_volumes
 from voxclf.engine.executors import Executor, SerialExecutor, ThreadExecutor, available_cores, make_executor
-from voxclf.errors import FormatError, OutputExistsError
-from voxclf.geometry import Region, VoxelSize, Zyx, parse_region
-from voxclf.jobs import BlockJob, JobResult, check_finite, run_job
+from voxclf.engine.run import LEAST_CHUNK
+from voxclf.errors import OutputExistsError
+from voxclf.geometry import Region, Zyx, parse_region
+from voxclf.jobs import FIXED_BYTES, BlockJob, JobResult, check_finite, run_job
 from voxclf.labels import LabelSet
 from voxclf.metrics.structure import StructureChange, choose_speck_volume, count_structures
-from voxclf.models.crf_parameters import CrfParameters, Weight, read_weight
-from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_window
+from voxclf.models.checkpoint import model_fingerprint
+from voxclf.models.crf_parameters import FILE, CrfParameters, Weight, read_weight
+from voxclf.models.crf_refiner import CrfRefiner, make_refiner, measure_intensity_windows
 from voxclf.models.devices import LARGE_JOB_VOXELS, has_nvidia_device, sees
-from voxclf.predict import LABELS, LEDGER, PROBABILITIES, check_one_channel, describe_outputs
+from voxclf.predict import LEDGER, describe_outputs
 from voxclf.progress import Progress, last, silent
 from voxclf.provenance import describe_input, software_versions
-from voxclf.sampling import survey_labels
+from voxclf.sampling import LabelSurvey, survey_labels
 from voxclf.training.crf_tiles import TuningInputs, find_tiles
 from voxclf.training.tune_crf import CrfTuning, tune_crf
-from voxclf.volume import Volume, open_labels, open_volume
+from voxclf.volume import Volume, open_labels
 
-VOXEL_SIZE_TOLERANCE = 1e-3
-"""Relative difference of voxel sizes that rounding in a file explains; both describe the same voxels."""
 DEFAULT_WEIGHTS = {"bilateral_weight": 4.0, "spatial_weight": 2.0}
 DEFAULT_ITERATIONS = 10
-BY_HAND = (
-    "bilateral_sigma_nm",
-    "intensity_sigma",
-    "spatial_sigma_nm",
-    "bilateral_weight",
-    "spatial_weight",
-    "n_iterations",
-)
+WIDTHS = ("bilateral_sigma_nm", "intensity_sigma", "spatial_sigma_nm")
+BY_HAND = (*WIDTHS, *DEFAULT_WEIGHTS, "image_sigma_nm", "n_iterations")
 STRUCTURE_SIDE = 128
 """Side of the central box whose objects are counted: large enough for whole organelles, and counted in seconds."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A prediction that was opened to be refined: its probabilities, its image and its classes."""
-
-    probabilities: Volume
-    image: Volume
-    label_set: LabelSet
-    region: Region
 
 
 @dataclass(frozen=True)
@@ -94,35 +79,37 @@ def refine_volume(config: CrfRefineConfig, progress: Progress = silent) -> Refin
     """
     parameters = choose_parameters(config)
     parameters.make_crf()  # what is wrong with the parameters is told before any file is opened
-    prediction = open_prediction(config)
-    parameters.check_classes(prediction.label_set)
+    volumes = open_crf_volumes(config)
+    parameters.check_classes(volumes.label_set)
+    parameters.check_channels(volumes.n_channels)
     folder = Path(config.output)
     _refuse_own_input(folder, config)
-    image = prediction.image
-    region = _choose_region(config.region, prediction)
-    window = parameters.intensity_window or measure_intensity_window(image)
-    parameters = replace(parameters, intensity_window=window)
+    region = _choose_region(config.region, volumes)
+    windows = parameters.intensity_windows or measure_intensity_windows(volumes.images)
+    parameters = replace(parameters, intensity_windows=windows)
     device = choose_crf_device(config.device, region.n_voxels)
     executor, n_threads = _share_cores(config, device)
-    refiner = CrfRefiner(
-        parameters.make_crf(),
-        prediction.label_set.n_classes,
-        image.voxel_size_nm,
+    refiner = make_refiner(
+        parameters,
+        volumes.label_set.n_classes,
+        volumes.voxel_size_nm,
         config.tolerance,
-        window,
-        n_threads,
-        device,
+        n_threads=n_threads,
+        device=device,
+        n_channels=volumes.n_channels,
+        volume_shape=volumes.probabilities.shape,
     )
-    done = Refinement(folder, prediction.label_set, parameters, region, refiner.halo, config.tolerance, device)
+    done = Refinement(folder, volumes.label_set, parameters, region, refiner.halo, config.tolerance, device)
     if not parameters.enabled:
         return done
-    for volume in (image, prediction.probabilities):
+    for volume in volumes.inputs:
         check_finite(volume, executor, progress)
-    job = _describe_job(config, prediction, refiner, parameters, region)
+    job = _describe_job(config, volumes, refiner, parameters, region)
+    check_memory(refiner, config.memory, executor.n_workers)
     result = run_job(
         job, executor, config.memory, overwrite=config.overwrite, pyramid=config.pyramid, progress=progress
     )
-    structure = compare_structure(prediction, result.volumes[0], region)
+    structure = compare_structure(volumes, result.volumes[0], region)
     return replace(done, job=result, structure=structure)
 
 
@@ -136,23 +123,22 @@ def tune_parameters(config: CrfTuneConfig, progress: Progress = silent) -> CrfTu
     OutputExistsError
         If the output exists and ``overwrite`` is not set.
     """
-    path = Path(config.output)
+    path = choose_output(config)
     if path.exists() and (path.is_dir() or not config.overwrite):
         raise OutputExistsError(f"{path} exists already; use --overwrite to replace it, or give another output")
-    prediction = open_prediction(config)
-    labels = open_labels(config.labels, prediction.image.shape)
-    inputs = TuningInputs(
-        prediction.image,
-        prediction.probabilities,
-        labels,
-        replace(prediction.label_set, unlabelled=config.unlabelled),
-    )
+    volumes = open_crf_volumes(config)
+    if config.model:
+        _check_made_by(volumes, Path(config.model))
+    labels = open_labels(config.labels, volumes.probabilities.shape)
+    label_set = replace(volumes.label_set, unlabelled=config.unlabelled)
+    inputs = TuningInputs(volumes.images, volumes.probabilities, labels, label_set)
     n_workers = config.workers or available_cores()
     executor = ThreadExecutor(n_workers)
     surveyed = survey_labels(labels, config.unlabelled, executor)
     survey = last(progress("survey labels", surveyed, math.prod(labels.shape), "voxel")).total
     inputs.label_set.check_counts([survey.counts.get(i, 0) for i in inputs.label_set.ids])
-    tiles = find_tiles(inputs, survey, prediction.region, np.random.default_rng(config.seed))
+    _refuse_training_labels(volumes, labels, survey)
+    tiles = find_tiles(inputs, survey, volumes.region, np.random.default_rng(config.seed))
     result = tune_crf(
         inputs,
         tiles,
@@ -163,14 +149,59 @@ def tune_parameters(config: CrfTuneConfig, progress: Progress = silent) -> CrfTu
         progress=progress,
     )
     made_from = {
-        "prediction": describe_input(prediction.probabilities),
-        "volume": describe_input(prediction.image),
+        **volumes.describe(),
         "labels": describe_input(labels),
         "seed": config.seed,
         "versions": software_versions(),
     }
     result.parameters.save(path, {**result.to_dict(), **made_from})
     return result
+
+
+def choose_output(config: CrfTuneConfig) -> Path:
+    """Where ``crf-tune`` writes its parameters.
+
+    Raises
+    ------
+    ValueError
+        If both or neither of a model and a file are given, or a model with a guide.
+    """
+    if (config.model is None) == (config.output is None):
+        given = "neither was given" if config.model is None else f"were {config.model} and {config.output}"
+        raise ValueError(
+            f"--model and --output: {given}; exactly one is needed: --model MODEL keeps the parameters with the model, "
+            "where predict and run find them, --output FILE.toml writes them elsewhere"
+        )
+    if config.model and config.guide:
+        raise ValueError(
+            f"--guide {config.guide} was given together with --model; parameters in a model folder must do with the "
+            "volume alone, because predict has no guide: use --output, then crf-refine with the same --guide"
+        )
+    return Path(config.model) / FILE if config.model else Path(str(config.output))
+
+
+def _check_made_by(volumes: CrfVolumes, model: Path) -> None:
+    made_by = volumes.probabilities.metadata.get("provenance", {}).get("model")
+    if made_by != model_fingerprint(model):
+        raise ValueError(
+            f"--model was {model}, but {volumes.probabilities.path} was not predicted with it as it is now; parameters "
+            "fit the probabilities of one model: predict again with this model, or give the one that was used"
+        )
+
+
+def _refuse_training_labels(volumes: CrfVolumes, labels: Volume, survey: LabelSurvey) -> None:
+    """Refuse labels that the model knows, where the prediction says what it was trained on."""
+    trained_on = volumes.probabilities.metadata.get("provenance", {}).get("trained_on")
+    if not trained_on:
+        return
+    # A fingerprint is of samples of the volume, which may all lie between sparse slices: the counts decide then.
+    counts = {int(label): count for label, count in trained_on["label_counts"].items()}
+    if trained_on["fingerprint"] == describe_input(labels)["fingerprint"] and counts == dict(survey.counts):
+        raise ValueError(
+            f"labels {labels.path} are those that the model was trained on; its probabilities are better there than "
+            "anywhere else, so parameters tuned on them would not fit the rest: give labels of other places, or have "
+            "them tuned on held-out slabs while fitting (voxclf fit --tune-crf, voxclf run --tune-crf)"
+        )
 
 
 def choose_parameters(config: CrfRefineConfig) -> CrfParameters:
@@ -190,7 +221,7 @@ def choose_parameters(config: CrfRefineConfig) -> CrfParameters:
                 "leave one out, or change a copy of the file"
             )
         return CrfParameters.load(Path(config.parameters))
-    missing = [f"--{name.replace('_', '-')}" for name in BY_HAND[:3] if name not in by_hand]
+    missing = [f"--{name.replace('_', '-')}" for name in WIDTHS if name not in by_hand]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} not given; the CRF needs --parameters FILE from voxclf crf-tune (parameters picked "
@@ -207,74 +238,17 @@ def choose_parameters(config: CrfRefineConfig) -> CrfParameters:
         bilateral_weight=weights["bilateral_weight"],
         spatial_weight=weights["spatial_weight"],
         n_iterations=by_hand.get("n_iterations", DEFAULT_ITERATIONS),
+        image_sigma_nm=by_hand.get("image_sigma_nm", 0.0),
     )
 
 
-def open_prediction(config: PredictionInput) -> Prediction:
-    """Open the probabilities and the image of a prediction and check that they belong together.
-
-    The image's voxel size may be missing: the prediction states it.
-
-    Raises
-    ------
-    FileNotFoundError, FormatError, ValueError
-        As :func:`refine_volume`.
-    """
-    probabilities = _open_probabilities(config.prediction)
-    image = open_volume(config.volume, config.voxel_size, require_voxel_size=False)
-    check_one_channel(image)
-    if image.shape != probabilities.shape:
-        raise ValueError(
-            f"{image.path} has shape {image.shape} but {probabilities.path} has {probabilities.shape} (z, y, x); they "
-            "must agree: give the volume that was predicted"
-        )
-    if not image.has_voxel_size:
-        image = replace(image, voxel_size_nm=probabilities.voxel_size_nm)
-    _check_voxel_sizes(image, probabilities)
-    label_set = LabelSet.from_metadata(probabilities.metadata) or LabelSet.from_ids(
-        range(1, probabilities.n_channels + 1), probabilities.channel_names or None
-    )
-    # A prediction of a region is 0 around it, which is no probability.
-    predicted = probabilities.metadata.get("provenance", {}).get("region")
-    region = parse_region(predicted, image.shape) if predicted else Region((0, 0, 0), image.shape)
-    return Prediction(probabilities, image, label_set, region)
-
-
-def _open_probabilities(path: str) -> Volume:
-    folder = Path(path)
-    if (folder / PROBABILITIES).exists():
-        path = str(folder / PROBABILITIES)
-    elif (folder / LABELS).exists():
-        raise FormatError(
-            f"{folder} holds labels but no probabilities (voxclf predict --probabilities none); the CRF refines "
-            "probabilities: predict again with --probabilities uint8"
-        )
-    volume = open_volume(path)
-    is_labels = volume.metadata.get("kind") == "labels" or volume.n_channels < 2
-    if is_labels or not (volume.dtype == np.uint8 or volume.dtype.kind == "f"):
-        raise FormatError(
-            f"{path} holds {volume.n_channels} channel(s) of {volume.dtype}: labels or an image. Probabilities "
-            "have a channel per class, uint8 or float: give a folder from voxclf predict, or its probabilities.zarr"
-        )
-    return volume
-
-
-def _check_voxel_sizes(image: Volume, probabilities: Volume) -> None:
-    sizes: tuple[VoxelSize, VoxelSize] = image.voxel_size_nm, probabilities.voxel_size_nm
-    if np.abs(np.array(sizes[0]) / np.array(sizes[1]) - 1).max() > VOXEL_SIZE_TOLERANCE:
-        raise ValueError(
-            f"{image.path} has voxel size {sizes[0]} nm but {probabilities.path} has {sizes[1]} nm (z, y, x); they "
-            "must agree, because widths are in nm: give the volume that was predicted, or correct --voxel-size"
-        )
-
-
-def _choose_region(text: str | None, prediction: Prediction) -> Region:
+def _choose_region(text: str | None, volumes: CrfVolumes) -> Region:
     if not text:
-        return prediction.region
-    region = parse_region(text, prediction.image.shape)
-    if region.intersect(prediction.region) != region:
+        return volumes.region
+    region = parse_region(text, volumes.probabilities.shape)
+    if region.intersect(volumes.region) != region:
         raise ValueError(
-            f"--region was {text}, but only {prediction.region} was predicted; choose a region inside, or predict more"
+            f"--region was {text}, but only {volumes.region} was predicted; choose a region inside, or predict more"
         )
     return region
 
@@ -314,14 +288,37 @@ def _share_cores(config: CrfRefineConfig, device: str) -> tuple[Executor, int]:
     return make_executor(config.executor, config.workers), 1
 
 
+def check_memory(refiner: CrfRefiner, memory_bytes: int, n_workers: int) -> None:
+    """Say what to do about kernels whose halo leaves no room for a block, before any output is created.
+
+    Raises
+    ------
+    ValueError
+        If blocks of 8 voxels a side, one per worker, need more memory than there is.
+    """
+    core: Zyx = (LEAST_CHUNK, LEAST_CHUNK, LEAST_CHUNK)
+    needed = refiner.working_bytes(core) * n_workers + FIXED_BYTES
+    if needed <= memory_bytes:
+        return
+    looser = replace(refiner, tolerance=min(10 * refiner.tolerance, 0.1))
+    advice = f"raise --memory to {math.ceil(needed / 1e8) / 10:g}GB or more"
+    if n_workers > 1:
+        advice += ", lower --workers"
+    raise ValueError(
+        f"--memory was {memory_bytes / 1e9:g} GB, but kernels of {refiner.crf.bilateral_sigma_nm} and "
+        f"{refiner.crf.spatial_sigma_nm} nm (z, y, x) see {refiner.halo} voxels around each block at --tolerance "
+        f"{refiner.tolerance:g}, and the smallest block needs {needed / 1e9:.2g} GB; {advice}, allow --tolerance "
+        f"{looser.tolerance:g} (a halo of {looser.halo}), use narrower kernels, or refine a coarser copy of the volume"
+    )
+
+
 def _describe_job(
-    config: CrfRefineConfig, prediction: Prediction, refiner: CrfRefiner, parameters: CrfParameters, region: Region
+    config: CrfRefineConfig, volumes: CrfVolumes, refiner: CrfRefiner, parameters: CrfParameters, region: Region
 ) -> BlockJob:
     folder = Path(config.output)
     description: dict[str, Any] = {
         "job": "crf-refine",
-        "input": describe_input(prediction.image),
-        "prediction": describe_input(prediction.probabilities),
+        **volumes.describe(),
         "parameters": parameters.to_dict(),
         "tolerance": config.tolerance,
         "halo": list(refiner.halo),
@@ -332,18 +329,18 @@ def _describe_job(
         **description,
         "blocks": describe_halo(refiner.halo, config.tolerance),
         "device": refiner.device,
-        "prediction_made_by": dict(prediction.probabilities.metadata.get("provenance", {})),
+        "prediction_made_by": dict(volumes.probabilities.metadata.get("provenance", {})),
         "versions": software_versions(),
     }
     return BlockJob(
         step=refiner,
-        inputs=[prediction.image, prediction.probabilities],
-        outputs=describe_outputs(folder, prediction.label_set, config.probabilities),
+        inputs=volumes.inputs,
+        outputs=describe_outputs(folder, volumes.label_set, config.probabilities),
         ledger=folder / LEDGER,
         description=description,
-        attributes={"provenance": provenance, **prediction.label_set.to_dict()},
+        attributes={"provenance": provenance, **volumes.label_set.to_dict()},
         region=region,
-        voxel_size_nm=prediction.image.voxel_size_nm,
+        voxel_size_nm=volumes.voxel_size_nm,
     )
 
 
@@ -355,14 +352,14 @@ def describe_halo(halo: Zyx, tolerance: float) -> str:
     )
 
 
-def compare_structure(prediction: Prediction, refined_labels: Volume, region: Region) -> StructureChange:
+def compare_structure(volumes: CrfVolumes, refined_labels: Volume, region: Region) -> StructureChange:
     """Count the objects in the central box of a region, in the most probable classes before and in the labels after."""
     start = tuple(a + max(0, n - STRUCTURE_SIDE) // 2 for a, n in zip(region.start, region.shape, strict=True))
     stop = tuple(a + min(n, STRUCTURE_SIDE) for a, n in zip(start, region.shape, strict=True))
     box = Region(start, stop)  # type: ignore[arg-type]
-    before = prediction.probabilities.read(box.start, box.stop).argmax(axis=0).astype(np.int16)
-    after = prediction.label_set.remap_to_indices(refined_labels.read(box.start, box.stop)[0])
-    size = prediction.image.voxel_size_nm
+    before = volumes.probabilities.read(box.start, box.stop).argmax(axis=0).astype(np.int16)
+    after = volumes.label_set.remap_to_indices(refined_labels.read(box.start, box.stop)[0])
+    size = volumes.voxel_size_nm
     speck_nm3 = choose_speck_volume(size)
-    counted = [count_structures(found, prediction.label_set.n_classes, size, speck_nm3) for found in (before, after)]
+    counted = [count_structures(found, volumes.label_set.n_classes, size, speck_nm3) for found in (before, after)]
     return StructureChange(str(box), speck_nm3, *counted)

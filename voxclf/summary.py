@@ -36,6 +36,17 @@ def score_values(scored: ScoredLabels) -> dict[str, Any]:
     return {**shown, "macro_f1_interval": ends}
 
 
+def format_certificate(certificate: dict[str, Any]) -> str:
+    """One line: how far a network's probabilities are from those of single patches."""
+    if not certificate["n_voxels"]:
+        return "certificate  no voxel of the grid lies in the region"
+    return (
+        f"certificate  {certificate['n_voxels']:,} voxels classified again patch by patch: probabilities differ by "
+        f"{certificate['largest_difference']:.1g} at most (allowed {certificate['tolerance']:g}), "
+        f"{certificate['same_class']:.2%} have the same class"
+    )
+
+
 def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, Any]]:
     """The honest score and the naive one beside it."""
     scores = result.cross_validation

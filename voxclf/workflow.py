@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from voxclf.config import DemoConfig, EvaluateConfig, PredictConfig, RunConfig, make_config, save_config
+from voxclf.config import DemoConfig, EvaluateConfig, PredictConfig, PredictOptions, RunConfig, make_config, save_config
 from voxclf.datasets import make_phantom, write_phantom
 from voxclf.engine.executors import Executor, make_executor
 from voxclf.evaluate import Evaluation, evaluate
@@ -18,13 +18,15 @@ from voxclf.fit import FitResult, check_model_folder, fit_on_labels, load_if_fit
 from voxclf.geometry import Region, Zyx
 from voxclf.jobs import choose_region
 from voxclf.labels import LabelSet
+from voxclf.models.devices import Inference, check_exactness, check_inference
+from voxclf.models.model import Model
 from voxclf.models.registry import check_model_name
-from voxclf.models.trees import TreeModel
 from voxclf.predict import LABELS, Prediction, predict_volume
 from voxclf.progress import Progress, silent
 from voxclf.provenance import describe_input, software_versions
 from voxclf.report import Report, standard_figures, write_report
-from voxclf.summary import describe_cross_validation, describe_evaluation, score_evaluation
+from voxclf.summary import describe_cross_validation, describe_evaluation, format_certificate, score_evaluation
+from voxclf.training_history import draw_history
 from voxclf.volume import Volume, open_labels, open_volume
 
 OVERLAY_SIDE = 320
@@ -56,6 +58,9 @@ def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
     """
     started = time.perf_counter()
     check_model_name(config.model)
+    inference = Inference.from_options(config, config.memory, config.workers)
+    check_inference(config.model, inference)
+    check_exactness(config.model, inference)
     folder = Path(config.output)
     volume = open_volume(config.volume, config.voxel_size)
     labels = open_labels(config.labels, volume.shape)
@@ -83,6 +88,7 @@ def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
         more_lines, more_values = describe_evaluation(held_out)
         lines, values = [*lines, *more_lines], {**values, **more_values}
     lines += [f"warning      {warning}" for warning in prediction.warnings]
+    lines += [format_certificate(prediction.certificate)] if prediction.certificate else []
     lines += [*(f"written to   {v.path}" for v in prediction.job.volumes), f"report       {report}"]
     values |= {"report": str(report), "seconds": seconds}
     return RunResult(fit, prediction, held_out, report, lines, values)
@@ -135,10 +141,7 @@ def _predict_config(config: RunConfig, folder: Path) -> PredictConfig:
             "volume": config.volume,
             "voxel_size": config.voxel_size,
             "output": str(folder),
-            "probabilities": config.probabilities,
-            "region": config.region,
-            "pyramid": config.pyramid,
-            "device": config.device,
+            **{name: getattr(config, name) for name in PredictOptions.model_fields},
             **_execution(config),
         },
     )
@@ -193,11 +196,15 @@ def _write_report(
             **config.model_dump(mode="json", exclude_none=True),
             "features": list(model.feature_names),
             "hyperparameters": model.hyperparameters,
+            **({"certificate": prediction.certificate} if prediction.certificate else {}),
         },
         versions=software_versions(),
         warnings=prediction.warnings,
-        figures=standard_figures(
-            label_set, scored or honest, counts, importances, _overlays(volume, labels, model, region, config)
+        figures=(
+            *standard_figures(
+                label_set, scored or honest, counts, importances, _overlays(volume, labels, model, region, config)
+            ),
+            *draw_history(fit.folder),
         ),
     )
     return write_report(report, Path(config.output))
@@ -229,7 +236,7 @@ class _Window:
 
 
 def _overlays(
-    volume: Volume, labels: list[Volume], model: TreeModel, region: Region, config: RunConfig
+    volume: Volume, labels: list[Volume], model: Model, region: Region, config: RunConfig
 ) -> tuple[PlaneView, ...]:
     """Three planes through the model's example voxel, near enough to see membranes."""
     label_set, example = model.label_set, model.training["example"]

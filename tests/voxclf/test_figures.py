@@ -178,3 +178,76 @@ def test_the_callers_matplotlib_settings_are_left_alone():
 def test_import_does_not_load_matplotlib():
     code = "import sys, voxclf.report; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_intensity_histograms_have_equal_areas_and_class_colours():
+    counts = np.array([[1, 3, 0], [0, 0, 0], [10, 20, 70]])
+    axes = figures.draw_intensity_histograms([10, 20, 30], counts, LABELS, np.array([40, 40, 20])).axes[0]
+    # A class without voxels has no line.
+    assert [line.get_color() for line in axes.lines] == [LABELS.colours[0], LABELS.colours[2]]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [25, 75, 0])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [10, 20, 70])
+
+
+def test_coverage_stacks_classes_and_keeps_a_single_slice_of_many():
+    shape = (1000, 4, 5)
+    profiles = [np.zeros((3, n), np.int64) for n in shape]
+    profiles[0][0, 617], profiles[0][2, 617] = 10, 5
+    panels = figures.draw_label_coverage(profiles, LABELS, shape).axes
+    tops = [patch.get_data().values for patch in panels[0].patches]
+    place = 617 // 3  # 1000 slices are drawn three to a bar
+    assert [top[place] for top in tops] == [50, 50, 75]
+    assert [np.count_nonzero(top) for top in tops] == [1, 1, 1]
+    assert len(panels[0].lines) == 1
+    assert not panels[1].patches[0].get_data().values.any()
+
+
+def test_pairs_leave_unknown_blank():
+    values = np.full((3, 3), np.nan)
+    values[0, 1] = values[1, 0] = 0.5
+    axes = figures.draw_pairs(values, LABELS, "Cohen's d").axes[0]
+    assert texts(axes) == ["0.50", "0.50"]
+
+
+def test_learning_curve_is_dashed_beyond_what_was_measured():
+    measured = figures.Curve("measured", [1, 2], [0.5, 0.6], [0.4, 0.5], [0.6, 0.7])
+    law = figures.Curve("law", [1, 2, 4], [0.5, 0.6, 0.7], [0.4, 0.5, 0.5], [0.6, 0.7, 0.9])
+    axes = figures.draw_learning_curve(measured, law, "slices", "macro F1", truth=(4, 0.72)).axes[0]
+    solid, dashed, points = axes.lines[:3]
+    np.testing.assert_array_equal(solid.get_xdata(), [1, 2])
+    np.testing.assert_array_equal(dashed.get_xdata(), [2, 4])
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    np.testing.assert_array_equal(points.get_ydata(), [0.5, 0.6])
+
+
+def test_slice_fit_marks_what_is_flagged():
+    curve = figures.Curve("next", [0, 1, 2, 3], [0.9, 0.2, 0.9, np.nan])
+    axes = figures.draw_slice_fit([curve], {1: "jump"}, "correlation").axes[0]
+    assert texts(axes) == ["1: jump"]
+    assert axes.lines[1].get_xdata() == [1, 1]
+
+
+def montage_views(n):
+    plane = np.arange(20.0).reshape(4, 5)
+    return [figures.PlaneView(f"z = {i}", plane, np.full((4, 5), i % 3), None, (4, 4)) for i in range(n)]
+
+
+def test_montage_puts_labels_beside_each_slice():
+    shown = [a for a in figures.draw_montage(montage_views(3), LABELS).axes if a.axison and a.images]
+    assert [a.get_title(loc="left") for a in shown] == ["z = 0", "", "z = 1", "", "z = 2", ""]
+    coloured = [np.ptp(a.images[0].get_array(), axis=-1).max() > 0 for a in shown]
+    assert coloured == [False, True] * 3
+    bare = [a for a in figures.draw_montage(montage_views(3), None).axes if a.images]
+    assert len(bare) == 3
+
+
+def test_probability_maps_run_from_white_to_the_class_colour():
+    view = montage_views(1)[0]
+    probabilities = np.zeros((3, 4, 5), np.uint8)
+    probabilities[2] = 255
+    panels = [a for a in figures.draw_probabilities(view, probabilities, LABELS).axes if a.images]
+    assert [a.get_title() for a in panels] == ["z = 0", *LABELS.names]
+    np.testing.assert_allclose(panels[1].images[0].get_array(), 1)
+    np.testing.assert_allclose(panels[3].images[0].get_array()[0, 0], LABELS.rgb[2] / 255)
+    with pytest.raises(ValueError, match="cut them from the same plane"):
+        figures.draw_probabilities(view, probabilities[:2], LABELS)

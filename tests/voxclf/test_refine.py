@@ -3,22 +3,25 @@
 import json
 import re
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from crf import DenseCRF
 from tests.conftest import VOXEL_SIZE_NM, read, snapshot
 from tests.voxclf.noisy import THREE, draw_prediction
 from voxclf import cli
 from voxclf.config import CrfRefineConfig, make_config
+from voxclf.crf_inputs import select_channels
 from voxclf.engine.executors import SerialExecutor
 from voxclf.engine.run import Output, map_blocks
-from voxclf.geometry import Region, split_into_blocks
+from voxclf.geometry import Region, make_block, split_into_blocks
 from voxclf.models.crf_parameters import CrfParameters
-from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_window
+from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_windows
 from voxclf.models.devices import has_nvidia_device
-from voxclf.refine import choose_crf_device, choose_parameters, refine_volume
+from voxclf.refine import check_memory, choose_crf_device, choose_parameters, refine_volume
 from voxclf.volume import create_volume, open_volume
 
 BY_HAND = {
@@ -57,9 +60,10 @@ def refine(folder, output="REF", **options):
 
 
 def whole(refiner, image, stored):
-    """The volume in one piece, mirrored as the engine does; (K, Z, Y, X)."""
-    margin = [(0, 0), *((h, h) for h in refiner.halo)]
-    return refiner(np.pad(image[None], margin, mode="symmetric"), np.pad(stored, margin, mode="symmetric"))
+    """The volume in one piece, with nothing around it; (K, Z, Y, X)."""
+    probabilities = stored / np.float32(255)
+    probabilities /= probabilities.sum(axis=0)
+    return refiner.crf.refine(image, probabilities, VOXEL_SIZE_NM, n_threads=refiner.n_threads)
 
 
 def in_blocks(refiner, image, stored, core_shape, tmp_path):
@@ -91,6 +95,7 @@ def test_blocks_equal_whole_within_the_tolerance(tmp_path, core_shape):
     assert np.mean(found.argmax(axis=0) != expected.argmax(axis=0)) <= 1e-4
     assert np.mean(stored.argmax(axis=0) != expected.argmax(axis=0)) > 0.1  # something was refined
     if core_shape == image.shape:
+        # The edge of the volume is the edge of the arrays: the step is the bare CRF to the last bit.
         np.testing.assert_array_equal(found, expected)
 
 
@@ -101,6 +106,37 @@ def test_a_halo_too_small_fails_the_law(tmp_path):
     assert all(a < b for a, b in zip(small.halo, make_refiner(1e-4).halo, strict=True))
     found = in_blocks(small, image, stored, (8, 32, 24), tmp_path)
     assert np.mean(found.argmax(axis=0) != expected.argmax(axis=0)) > 1e-4
+
+
+def test_smoothing_the_image_is_the_same_in_blocks(tmp_path):
+    image, _, stored = draw_prediction((23, 64, 72), noise=2.0)
+    refiner = replace(make_refiner(1e-4), image_sigma_nm=15.0)
+    smooth = ndimage.gaussian_filter(image, (0.75, 1.5, 1.5), output=np.float32, radius=(3, 5, 5))
+    expected = whole(refiner, np.rint(smooth).astype(np.uint8), stored)
+    found = in_blocks(refiner, image, stored, (8, 32, 24), tmp_path)
+    assert np.mean(found.argmax(axis=0) != expected.argmax(axis=0)) <= 1e-4
+    assert np.abs(expected - whole(refiner, image, stored)).max() > 0.1
+    np.testing.assert_array_equal(in_blocks(refiner, image, stored, image.shape, tmp_path), expected)
+
+
+def test_kernels_wider_than_the_volume_see_all_of_it_and_take_no_more_memory():
+    image, _, stored = draw_prediction((7, 24, 20), noise=2.0)
+    refiner = CrfRefiner(DenseCRF(900.0, 0.1, 10.0, 2.0, 1.0), 3, VOXEL_SIZE_NM, volume_shape=image.shape)
+    block = make_block(0, Region((0, 0, 0), image.shape), refiner.halo)
+    edge = refiner.at_edge(block.outside(image.shape))
+    np.testing.assert_array_equal(edge(image[None], stored), whole(refiner, image, stored))
+    assert refiner.working_bytes((8, 8, 8)) == refiner.working_bytes((64, 64, 64)) < 20e6
+
+
+def test_a_halo_that_does_not_fit_is_told_with_numbers():
+    refiner = CrfRefiner(DenseCRF(300.0, 0.1, 10.0, 2.0, 1.0), 3, VOXEL_SIZE_NM, volume_shape=(999, 999, 999))
+    message = (
+        r"--memory was 0.4 GB, but kernels of \(300.0, .* see \(90, 180, 180\) voxels .* needs 5.6 GB; raise "
+        r"--memory to 5.7GB or more, lower --workers, allow --tolerance 0.001 \(a halo of \(60, 120, 120\)\), use narrower"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_memory(refiner, 400_000_000, 2)
+    check_memory(refiner, 10_000_000_000, 2)
 
 
 def test_threads_of_a_block_do_not_change_it():
@@ -159,6 +195,27 @@ def test_memory_stays_below_what_is_announced():
     assert 0.4 * refiner.working_bytes(image.shape) < needed < refiner.working_bytes(image.shape)
 
 
+# --- several channels ---
+
+
+def test_a_guide_adds_channels(save_prediction, save_volume):
+    image, _, stored = draw_prediction((8, 40, 60))
+    guide = np.stack([image.astype(np.float32) / 3, image[::-1] * 100.0, np.zeros(image.shape)]).astype(np.float32)
+    folder = save_prediction(image, stored)
+    save_volume(guide, "guide.zarr", "features", channel_names=("same", "flipped", "nothing"))
+    refine(folder, guide=str(folder / "guide.zarr"), guide_channels="flipped")
+    ((low, high),) = measure_intensity_windows([select_channels(open_volume(folder / "guide.zarr"), ["1"])])
+    two = np.stack([image / 255, np.clip((guide[1] - low) / (high - low), 0, 1)]).astype(np.float32)
+    expected = whole(make_refiner(), two, stored).argmax(axis=0) + 1
+    labels = read(folder / "REF" / "labels.zarr")[0]
+    assert np.mean(labels != expected) < 1e-3
+    refine(folder, "alone")
+    assert np.mean(labels != read(folder / "alone" / "labels.zarr")[0]) > 0.003
+    provenance = open_volume(folder / "REF" / "labels.zarr", kind="labels").metadata["provenance"]
+    assert provenance["guide"]["channels"] == 1
+    assert len(provenance["parameters"]["intensity_windows"]) == 2
+
+
 # --- what is stored ---
 
 
@@ -203,15 +260,15 @@ def test_only_the_predicted_region_is_refined_and_the_zeros_around_it_say_nothin
 def test_float_images_and_float_probabilities(save_prediction):
     image, _, stored = draw_prediction((8, 40, 60))
     as_float = (image.astype(np.float32) - 100) * 3  # neither 0..1 nor 8 bits
-    window = (-300.0, 465.0)  # what 0 and 255 became
+    windows = ((-300.0, 465.0),)  # what 0 and 255 became
     folder = save_prediction(as_float, stored.astype(np.float32) / stored.sum(axis=0))
-    parameters = CrfParameters((30.0,), 0.1, (10.0,), 2.0, 1.0, 4, intensity_window=window)
+    parameters = CrfParameters((30.0,), 0.1, (10.0,), 2.0, 1.0, 4, intensity_windows=windows)
     parameters.save(folder / "crf.toml")
     given = dict.fromkeys(BY_HAND)
     refine(folder, parameters=str(folder / "crf.toml"), **given)
     expected = whole(make_refiner(), image, stored).argmax(axis=0) + 1
     assert np.mean(read(folder / "REF" / "labels.zarr")[0] != expected) < 1e-3
-    low, high = measure_intensity_window(open_volume(folder / "image.zarr"))
+    ((low, high),) = measure_intensity_windows([open_volume(folder / "image.zarr")])
     assert (low, high) == pytest.approx(np.percentile(as_float, [1, 99]), rel=0.1)
 
 
@@ -239,7 +296,8 @@ def test_a_gpu_is_used_where_there_is_one_and_the_job_is_large(monkeypatch):
 @pytest.mark.skipif(not has_nvidia_device(), reason="needs an NVIDIA GPU")
 def test_a_gpu_gives_the_same_labels():
     image, _, stored = draw_prediction((11, 30, 34))
-    on_gpu = whole(make_refiner(device="cuda"), image, stored)
+    everything = (slice(None),) * 3
+    on_gpu = make_refiner(device="cuda").refine([image[None], stored], everything)
     np.testing.assert_allclose(on_gpu, whole(make_refiner(), image, stored), atol=1e-3)
 
 
@@ -248,7 +306,8 @@ def test_a_gpu_gives_the_same_labels():
 
 def test_parameter_files_keep_every_value(tmp_path):
     matrix = ((0.0, 1.5, 2.0), (1.5, 0.0, 1e-5), (2.0, 1e-5, 0.0))
-    parameters = CrfParameters((50.0, 20.0, 20.0), 0.07, (10.0,), matrix, 2.5, 7, (3.5, 900.0), ("a", 'b"', "c"), False)
+    windows, names = ((3.5, 900.0),), ("a", 'b"', "c")
+    parameters = CrfParameters((50.0, 20.0, 20.0), 0.07, (10.0,), matrix, 2.5, 7, 6.5, windows, names, False)
     parameters.save(tmp_path / "crf.toml", {"reason": "ä", "before": {"f1": [np.nan, "absent"]}})
     assert CrfParameters.load(tmp_path / "crf.toml") == parameters
     assert "    [0.0, 1.5, 2.0],\n" in (tmp_path / "crf.toml").read_text(encoding="utf-8")
@@ -262,7 +321,11 @@ def test_parameter_files_keep_every_value(tmp_path):
         ("n_iterations = 2.5", "n_iterations is 2.5, it must be a whole number"),
         ('classes = "membrane"', "classes is 'membrane', it must be a list of names"),
         ('enabled = "no"', "enabled is 'no', it must be true or false"),
-        ("intensity_window = [9, 1]", r"intensity_window is \[9, 1\], its first number must be the lower one"),
+        (
+            "intensity_windows = [[9, 1]]",
+            r"intensity_windows has \[9.0, 1.0\], whose first number must be the lower one",
+        ),
+        ("image_sigma_nm = -1.0", "image_sigma_nm is -1.0; it must be 0, for no smoothing, or a width in nanometres"),
     ],
 )
 def test_a_wrong_value_in_a_parameter_file_is_named(tmp_path, line, message):
@@ -316,6 +379,16 @@ def other_classes(folder):
     return {**dict.fromkeys(BY_HAND), "parameters": str(folder / "crf.toml")}
 
 
+def two_channels(folder):
+    return {"guide": str(folder / "image.zarr"), "intensity_sigma": "0.1,0.2,0.3"}
+
+
+def guide_of_four(folder):
+    volume = create_volume(folder / "guide.zarr", (6, 20, 20), 4, np.uint8, VOXEL_SIZE_NM, kind="features")
+    volume.write((0, 0, 0), np.zeros((4, 6, 20, 20), np.uint8))
+    return {"guide": str(folder / "guide.zarr")}
+
+
 def no_probabilities(folder):
     (folder / "OUT" / "probabilities.zarr").rename(folder / "gone")
     return {}
@@ -364,7 +437,7 @@ BAD = [
     ({"voxel_size": "20,10,11"}, 2, r"voxel size \(20.0, 10.0, 11.0\) nm but .*\(20.0, 10.0, 10.0\) nm"),
     ({"bilateral_sigma_nm": "-3"}, 2, r"--bilateral-sigma-nm was -3.0: input should be greater than 0"),
     ({"spatial_sigma_nm": "1,2"}, 2, "spatial_sigma_nm has 2 values"),
-    ({"intensity_sigma": "0"}, 2, "--intensity-sigma was '0': input should be greater than 0"),
+    ({"intensity_sigma": "0"}, 2, "--intensity-sigma was 0.0: input should be greater than 0"),
     ({"intensity_sigma": None}, 2, "--intensity-sigma not given; the CRF needs --parameters FILE"),
     (matrix_of_two, 2, r"bilateral_weight is a matrix of shape \(2, 2\) but the prediction has 3 classes"),
     ({"spatial_weight": "strong"}, 2, "--spatial-weight was 'strong', which is neither a number nor a file"),
@@ -373,7 +446,12 @@ BAD = [
     (torn_file, 2, "parameter file .*crf.toml cannot be used"),
     (half_a_file, 2, r"parameter file .*fields are \['intensity_sigma', 'sigma'\]; needed are"),
     ({"tolerance": "1"}, 2, "--tolerance was '1': input should be less than 1"),
-    ({"memory": "150MB", "bilateral_sigma_nm": "300"}, 2, "memory budget.*raise --memory"),
+    (two_channels, 2, "intensity_sigma has 3 entries but the image .* has 2 channels"),
+    ({"guide": "image.zarr", "guide_channels": "5"}, 2, "has no channel '5'; it has 0 to 0: choose some of these"),
+    ({"guide_channels": "0"}, 2, "--guide-channels was 0, but there is no --guide to choose them from"),
+    (guide_of_four, 2, "have 5 channels; the CRF follows the edges of at most 3, .* choose channels with --guide-chan"),
+    ({"guide": "image.zarr", "intensity_sigma": "0.02"}, 2, "needs .* products of intensity bumps"),
+    ({"image_sigma_nm": "-1"}, 2, "--image-sigma-nm was '-1': input should be greater than or equal to 0"),
     (lambda folder: {"output": str(folder / "OUT")}, 2, "holds the prediction itself; give another folder"),
     (not_summing_to_one, 5, "sum to a value 0.294 away from 1"),
     (with_nan, 5, r"NaN or infinity at voxel \(2, 3, 4\)"),
@@ -387,6 +465,7 @@ def test_bad_input_has_its_own_message(save_prediction, capsys, change, code, me
     folder = save_prediction(image, stored)
     values = {"prediction": str(folder / "OUT"), "volume": str(folder / "image.zarr"), "output": str(folder / "REF")}
     values |= {**BY_HAND, **(change(folder) if callable(change) else change)}
+    values |= {"guide": str(folder / values["guide"])} if "guide" in values else {}
     positional = [values.pop("prediction"), values.pop("volume")]
     options = [part for name, v in values.items() if v is not None for part in (f"--{name.replace('_', '-')}", v)]
     assert (

@@ -6,6 +6,7 @@ ran is saved beside the output as ``config.toml``, which ``--config`` reads back
 
 from __future__ import annotations
 
+from voxclf.config.audit_commands import AuditConfig, DiffConfig, ViewConfig
 from voxclf.config.base import (
     Config,
     load_config_file,
@@ -16,7 +17,7 @@ from voxclf.config.base import (
     save_config,
 )
 from voxclf.config.compare_commands import CompareConfig
-from voxclf.config.crf_commands import CrfRefineConfig, CrfTuneConfig
+from voxclf.config.crf_commands import CrfInput, CrfRefineConfig, CrfTuneConfig
 from voxclf.config.data_commands import ConvertConfig, InfoConfig, SuggestConfig
 from voxclf.config.explore_commands import ExploreConfig
 from voxclf.config.model_commands import (
@@ -28,37 +29,47 @@ from voxclf.config.model_commands import (
     PredictConfig,
     RunConfig,
 )
-from voxclf.config.options import Balance, BankOptions, FitOptions, NetworkFitOptions, PredictionInput, PredictOptions
+from voxclf.config.network_commands import ExportConfig, PretrainConfig
+from voxclf.config.options import Balance, BankOptions, FitOptions, NetworkFitOptions, PredictOptions
 
 COMMANDS: tuple[type[Config], ...] = (
     RunConfig,
     FitConfig,
+    PretrainConfig,
     PredictConfig,
     EvaluateConfig,
     CompareConfig,
     CrfTuneConfig,
     CrfRefineConfig,
     SuggestConfig,
+    AuditConfig,
+    DiffConfig,
+    ViewConfig,
     ExploreConfig,
     FeaturesConfig,
     InfoConfig,
     ConvertConfig,
     ModelsConfig,
+    ExportConfig,
     DemoConfig,
 )
 
 __all__ = [
     "COMMANDS",
+    "AuditConfig",
     "Balance",
     "BankOptions",
     "CompareConfig",
     "Config",
     "ConvertConfig",
+    "CrfInput",
     "CrfRefineConfig",
     "CrfTuneConfig",
     "DemoConfig",
+    "DiffConfig",
     "EvaluateConfig",
     "ExploreConfig",
+    "ExportConfig",
     "FeaturesConfig",
     "FitConfig",
     "FitOptions",
@@ -67,9 +78,10 @@ __all__ = [
     "NetworkFitOptions",
     "PredictConfig",
     "PredictOptions",
-    "PredictionInput",
+    "PretrainConfig",
     "RunConfig",
     "SuggestConfig",
+    "ViewConfig",
     "load_config_file",
     "make_config",
     "parse_duration",

@@ -109,7 +109,7 @@ def _is_positional(kind: type[Config], name: str) -> bool:
 
 def positional_names(kind: type[Config]) -> list[str]:
     """Arguments given without an option, in the order of the command line: the model first, then inputs."""
-    order = {"model": 0, "prediction": 0, "volume": 1, "labels": 2, "output": 3}
+    order = {"model": 0, "prediction": 0, "before": 0, "volume": 1, "after": 1, "labels": 2, "output": 3}
     names = [name for name in kind.model_fields if _is_positional(kind, name)]
     return sorted(names, key=lambda name: order[name])
 

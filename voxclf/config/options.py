@@ -105,6 +105,9 @@ class NetworkFitOptions(ComputeOptions):
         None, description="patch that decides about its centre voxel: 32 or z,y,x; default: from the voxel size"
     )
     width: float = Field(1.0, gt=0, le=4, description="multiplies the numbers of channels inside the network")
+    encoder: str | None = Field(None, description="unet2d: the network inside, e.g. resnet34, or plain")
+    encoder_weights: str | None = Field(None, description="unet2d: what the encoder starts from: imagenet or none")
+    three_axes: bool = Field(False, description="unet2d: average the sections across all three axes")
     input_bank: Literal["multiscale", "edges"] | None = Field(
         None, description="give the network this filter bank's features beside the image"
     )

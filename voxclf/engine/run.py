@@ -16,8 +16,8 @@ import numpy as np
 
 from voxclf.engine.executors import Executor, SerialExecutor
 from voxclf.engine.ledger import Ledger
-from voxclf.engine.step import Step
-from voxclf.engine.transfer import check_write_grid, crop_to_core, find_nonfinite, read_block, write_core
+from voxclf.engine.step import EdgeAwareStep, Step
+from voxclf.engine.transfer import check_write_grid, crop_to_core, find_nonfinite, read_block, read_inside, write_core
 from voxclf.errors import BlockError
 from voxclf.geometry import Block, BlockGrid, SelectedBlocks, Zyx
 from voxclf.progress import last
@@ -59,7 +59,10 @@ class _MapTask:
     def __call__(self, block: Block) -> Receipt:
         started = time.perf_counter()
         try:
-            result = crop_to_core(self.step(*_read_inputs(self.inputs, block)), block)
+            step, read = self.step, read_block
+            if isinstance(step, EdgeAwareStep):
+                step, read = step.at_edge(block.outside(self.inputs[0].shape)), read_inside
+            result = crop_to_core(step(*_read_inputs(self.inputs, block, read)), block)
             if self.check is not None:
                 self.check(block, result)
             digests = [write_core(out.volume, block, out.encode(result)) for out in self.outputs]
@@ -167,10 +170,13 @@ def reduce_blocks(
     return last(fold_blocks(fold, inputs, blocks, executor)).total
 
 
-def _read_inputs(inputs: tuple[Volume, ...], block: Block) -> list[np.ndarray]:
-    arrays = [read_block(volume, block) for volume in inputs]
+def _read_inputs(
+    inputs: tuple[Volume, ...], block: Block, read: Callable[[Volume, Block], np.ndarray] = read_block
+) -> list[np.ndarray]:
+    arrays = [read(volume, block) for volume in inputs]
     for volume, array in zip(inputs, arrays, strict=True):
-        bad = find_nonfinite(array, block.read.start)
+        z, y, x = (max(0, a) for a in block.read.start) if read is read_inside else block.read.start
+        bad = find_nonfinite(array, (z, y, x))
         if bad is not None:
             raise ValueError(
                 f"{volume.path} holds NaN or infinity at voxel {bad} (z, y, x); replace such voxels "

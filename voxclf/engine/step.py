@@ -5,7 +5,7 @@ A step *declares* four facts and the engine obeys: it never asks what kind of st
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,15 @@ class Step(Protocol):
 
     def __call__(self, *arrays: np.ndarray) -> np.ndarray:
         """Compute the block; one array per input volume, each (C, Z + 2h, Y + 2h, X + 2h)."""
+        ...
+
+
+@runtime_checkable
+class EdgeAwareStep(Step, Protocol):
+    """A step that is given nothing beyond the edge of the volume, where others are given its mirror image."""
+
+    def at_edge(self, outside: tuple[Zyx, Zyx]) -> Step:
+        """The step for a block whose halo lacks so many voxels, before it and after it, for they are outside."""
         ...
 
 

@@ -25,10 +25,11 @@ from voxclf.figures.planes import (
     scale_bar_length_nm,
 )
 from voxclf.figures.scores import draw_confusion, draw_pairs, draw_precision_recall, draw_reliability
-from voxclf.figures.style import INK, QUIET, STYLE, render_jpeg, render_png, render_svg
+from voxclf.figures.style import INK, LINE_COLOURS, QUIET, STYLE, render_jpeg, render_png, render_svg
 
 __all__ = [
     "INK",
+    "LINE_COLOURS",
     "QUIET",
     "STYLE",
     "Curve",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from voxclf.figures.style import GRID, INK, QUIET, add_class_legend, new_figure, styled
+from voxclf.figures.style import ALARM, GRID, INK, LINE_COLOURS, QUIET, add_class_legend, new_figure, styled
 from voxclf.labels import PALETTE, LabelSet
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -133,16 +134,15 @@ def draw_learning_curve(
     axes = figure.add_subplot()
     x, y = np.asarray(predicted.x, np.float64), np.asarray(predicted.y, np.float64)
     last = max(measured.x)
-    colour = PALETTE[0]
     for part, dashes in ((x <= last, "-"), (x >= last, (0, (4, 3)))):
-        axes.plot(x[part], y[part], color=colour, linewidth=1.6, linestyle=dashes)
+        axes.plot(x[part], y[part], color=QUIET, linewidth=1.6, linestyle=dashes)
     if predicted.low is not None and predicted.high is not None:
-        axes.fill_between(x, predicted.low, predicted.high, color=colour, alpha=0.16, linewidth=0, label=predicted.name)
+        axes.fill_between(x, predicted.low, predicted.high, color=QUIET, alpha=0.2, linewidth=0, label=predicted.name)
     axes.plot(measured.x, measured.y, "o", color=INK, markersize=4.5, label=measured.name)
     if measured.low is not None and measured.high is not None:
         axes.vlines(measured.x, measured.low, measured.high, color=INK, linewidth=1)
     if truth is not None:
-        axes.plot(*truth, "s", color=PALETTE[1], markersize=5, label="measured there")
+        axes.plot(*truth, "s", color=ALARM, markersize=5, label="measured there")
     axes.axvline(last, color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(True)
@@ -205,6 +205,8 @@ def draw_label_coverage(profiles: Sequence[NDArray[np.integer]], labels: LabelSe
     shape : (Z, Y, X)
         Of the volume.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(7.2, 4.6)
     panels = figure.subplots(3, 1)
     for axis, (axes, profile) in enumerate(zip(panels, profiles, strict=True)):
@@ -214,20 +216,26 @@ def draw_label_coverage(profiles: Sequence[NDArray[np.integer]], labels: LabelSe
         starts = np.arange(0, n_slices, width)
         # The fullest slice of a bar stands for it: a mean would hide a single labelled slice among 10,000.
         fullest = [start + int(profile[:, start : start + width].sum(axis=0).argmax()) for start in starts]
+        edges = np.minimum(np.append(starts, n_slices), n_slices) - 0.5
         base = np.zeros(len(starts))
         for k in range(labels.n_classes):
-            share = 100 * profile[k, fullest] / plane
-            axes.bar(starts + (width - 1) / 2, share, width, base, color=labels.colours[k], linewidth=0)
-            base += share
+            top = base + 100 * profile[k, fullest] / plane
+            axes.stairs(top, edges, baseline=base, fill=True, color=labels.colours[k], linewidth=0)
+            base = top
         axes.set(xlim=(-0.5, n_slices - 0.5), xlabel="zyx"[axis], ylabel="labelled (%)")
         axes.set_ylim(0, max(1.05 * float(base.max()), 1e-9))
-        # A lone bar in a wide volume is thinner than a pixel; a tick above it shows where it is.
-        marked = starts[base > 0] + (width - 1) / 2
-        axes.plot(
-            marked, np.full(len(marked), 1.0), "|", transform=axes.get_xaxis_transform(), color=INK, ms=4, mew=0.6
-        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _mark_places(axes, (edges[:-1] + edges[1:])[base > 0] / 2, len(starts))
     add_class_legend(figure, labels)
     return figure
+
+
+def _mark_places(axes: Axes, places: NDArray[np.floating], n_bars: int) -> None:
+    """Tick where a few bars are: alone in a wide volume they are thinner than a pixel."""
+    if 2 * len(places) > n_bars:
+        return
+    style: dict[str, Any] = {"color": INK, "markersize": 5, "markeredgewidth": 0.7, "clip_on": False}
+    axes.plot(places, np.full(len(places), 1.04), "|", transform=axes.get_xaxis_transform(), **style)
 
 
 @styled
@@ -236,16 +244,19 @@ def draw_slice_fit(values: Sequence[Curve], flagged: Mapping[int, str], y_label:
 
     `flagged` maps a slice's z to a few words, written beside its mark.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(7.2, 2.9)
     axes = figure.add_subplot()
-    for curve, colour in zip(values, PALETTE, strict=False):
-        axes.plot(curve.x, curve.y, color=colour, linewidth=1.2, marker="." if len(curve.x) < 60 else None)
-        axes.plot([], [], color=colour, label=curve.name)
+    for curve, colour in zip(values, LINE_COLOURS, strict=False):
+        marker = "." if len(curve.x) < 60 else None
+        axes.plot(curve.x, curve.y, color=colour, linewidth=1.2, marker=marker, label=curve.name)
     for number, (z, text) in enumerate(sorted(flagged.items())[:12]):
-        axes.axvline(z, color=PALETTE[1], linewidth=0.9, linestyle=(0, (2, 2)))
-        place = {"xy": (z, 0.02 + 0.09 * (number % 4)), "xycoords": axes.get_xaxis_transform()}
-        axes.annotate(f"{z}: {text}", **place, xytext=(3, 0), textcoords="offset points", fontsize=7, color=PALETTE[1])
+        axes.axvline(z, color=ALARM, linewidth=0.9, linestyle=(0, (2, 2)))
+        place: dict[str, Any] = {"xy": (z, 0.02 + 0.09 * (number % 4)), "xycoords": axes.get_xaxis_transform()}
+        axes.annotate(f"{z}: {text}", **place, xytext=(3, 0), textcoords="offset points", fontsize=7, color=ALARM)
     axes.set(xlabel="z (slice)", ylabel=y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

@@ -16,6 +16,10 @@ P = ParamSpec("P")
 
 INK, QUIET, GRID = "#222222", "#6B6B6B", "#E3E3E3"
 
+#: Lines that are no class (axes, slices) keep away from the classes' colours.
+LINE_COLOURS = (INK, "#8A8A8A", "#C2C2C2")
+ALARM = "#BB3311"
+
 STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,

@@ -71,7 +71,7 @@ def build_convnext(name: str, n_classes: int, patch: Zyx, in_channels: int = 1, 
 def build_dilated_convnext(
     name: str, n_classes: int, patch: Zyx, in_channels: int = 1, width: float = 1.0
 ) -> PatchNetwork:
-    """Build the variant without strides: stem 4³ with dilation 4, seven stages of 3 blocks, between them 2³, dilation 3.
+    """Build the variant without strides: stem 4³ with dilation 4, seven stages of 3 blocks joined by 2³, dilation 3.
 
     It keeps the resolution to the end and costs some 100 GFLOP for a patch of 32. Parameters are those of
     :func:`voxclf.models.patch_cnn.build_patch_cnn`.

@@ -16,6 +16,10 @@ from voxclf.engine.ledger import write_atomically
 from voxclf.labels import LabelSet
 
 Weight = float | tuple[tuple[float, ...], ...]
+Windows = tuple[tuple[float, float], ...]
+
+FILE = "crf.toml"
+"""Name of the parameters inside a model folder, where `predict` and `run` look for them."""
 
 TUNING = "tuning"
 """Table of the file that says where the parameters come from; reading ignores it."""
@@ -28,10 +32,13 @@ class CrfParameters:
     Parameters
     ----------
     bilateral_sigma_nm, intensity_sigma, spatial_sigma_nm, bilateral_weight, spatial_weight, n_iterations
-        As in :class:`crf.DenseCRF`; intensities run from 0 to 1 over ``intensity_window``.
-    intensity_window : (low, high), optional
-        Intensities that count as 0 and 1; beyond them they are cut off. None: 0 and 255 for 8-bit volumes, else
-        measured in the volume.
+        As in :class:`crf.DenseCRF`; intensities run from 0 to 1 over their window.
+    image_sigma_nm : float
+        Width of the Gaussian that smooths the image before intensities are compared; 0 leaves it as it is. Noise of
+        a voxel is no edge, and a narrow ``intensity_sigma`` cannot tell one from the other.
+    intensity_windows : tuple of (low, high), optional
+        Intensities of each image channel that count as 0 and 1; beyond them they are cut off. None: 0 and 255 for
+        8-bit volumes, else measured in the volume.
     classes : tuple of str
         Names of the classes that the rows of a matrix stand for; empty where that is not known.
     enabled : bool
@@ -39,12 +46,13 @@ class CrfParameters:
     """
 
     bilateral_sigma_nm: tuple[float, ...]
-    intensity_sigma: float
+    intensity_sigma: float | tuple[float, ...]
     spatial_sigma_nm: tuple[float, ...]
     bilateral_weight: Weight
     spatial_weight: Weight
     n_iterations: int = 10
-    intensity_window: tuple[float, float] | None = None
+    image_sigma_nm: float = 0.0
+    intensity_windows: Windows | None = None
     classes: tuple[str, ...] = ()
     enabled: bool = True
 
@@ -56,6 +64,10 @@ class CrfParameters:
         ValueError
             If a width is not positive or a weight is neither a number nor a square matrix.
         """
+        if not 0 <= self.image_sigma_nm < float("inf"):
+            raise ValueError(
+                f"image_sigma_nm is {self.image_sigma_nm}; it must be 0, for no smoothing, or a width in nanometres"
+            )
         return DenseCRF(
             bilateral_sigma_nm=_one_or_all(self.bilateral_sigma_nm),
             intensity_sigma=self.intensity_sigma,
@@ -85,6 +97,22 @@ class CrfParameters:
                     f"{name} is a matrix of shape {size} but the prediction has {label_set.n_classes} classes "
                     f"({', '.join(label_set.names)}); give one row and one column per class, or one number"
                 )
+
+    def check_channels(self, n_channels: int) -> None:
+        """Refuse an image of another number of channels than these parameters have, or too narrow a kernel for it.
+
+        Raises
+        ------
+        ValueError
+        """
+        n_sigmas, n_windows = np.size(self.intensity_sigma), len(self.intensity_windows or ())
+        for name, count, stands_for_all in (("intensity_sigma", n_sigmas, 1), ("intensity_windows", n_windows, 0)):
+            if count not in (n_channels, stands_for_all):
+                raise ValueError(
+                    f"{name} has {count} entries but the image (with its guide) has {n_channels} channels; give one "
+                    "per channel, or the image and guide that the parameters were tuned with"
+                )
+        self.make_crf().count_intensity_terms(n_channels)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and TOML, without what is None."""
@@ -122,7 +150,7 @@ class CrfParameters:
 
     @classmethod
     def load(cls, path: Path) -> CrfParameters:
-        """Read a parameter file.
+        """Read a parameter file, or the one in a model folder.
 
         Raises
         ------
@@ -131,6 +159,7 @@ class CrfParameters:
         ValueError
             If it is not TOML, lacks a parameter or holds one that is not allowed; the message names the file.
         """
+        path = path / FILE if path.is_dir() else path
         try:
             parameters = cls.from_dict(_read_table(path))
             parameters.make_crf()
@@ -222,11 +251,16 @@ def _as_lengths(value: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
 
 
-def _as_window(value: Any) -> tuple[float, float]:
-    low, high = (float(v) for v in value)
-    if not low < high:
-        raise ValueError(f"intensity_window is {value}, its first number must be the lower one")
-    return low, high
+def _as_one_or_many(value: Any) -> float | tuple[float, ...]:
+    return tuple(float(v) for v in value) if isinstance(value, Sequence) else float(value)
+
+
+def _as_windows(value: Any) -> Windows:
+    windows = tuple((float(low), float(high)) for low, high in value)
+    for low, high in windows:
+        if not low < high:
+            raise ValueError(f"intensity_windows has {[low, high]}, whose first number must be the lower one")
+    return windows
 
 
 def _as_flag(value: Any) -> bool:
@@ -249,12 +283,13 @@ def _as_names(value: Any) -> tuple[str, ...]:
 
 _READERS: dict[str, Any] = {
     "bilateral_sigma_nm": _as_lengths,
-    "intensity_sigma": float,
+    "intensity_sigma": _as_one_or_many,
     "spatial_sigma_nm": _as_lengths,
     "bilateral_weight": _as_weight,
     "spatial_weight": _as_weight,
     "n_iterations": _as_count,
-    "intensity_window": _as_window,
+    "image_sigma_nm": float,
+    "intensity_windows": _as_windows,
     "classes": _as_names,
     "enabled": _as_flag,
 }

@@ -52,7 +52,8 @@ class Geometry:
     receptive_field : Zyx
         Voxels that are really used, counted from the patch's first: a pool that does not divide its input leaves
         out the last ones, so this may be less than `patch`. A volume with N voxels along an axis has
-        N - receptive_field + 1 results along it, and result i is that of the patch that starts at voxel i.
+        N - receptive_field + 1 results along it, and result i is that of the patch that starts at voxel i. Of a
+        network that is not exact: the patch.
     strides : Zyx
         Product of the strides on the way.
     is_exact : bool
@@ -80,12 +81,29 @@ def inspect_geometry(network: nn.Module, patch: int | Zyx) -> Geometry:
     """
     patch = triple(patch)
     operations, problems = read_operations(network)
-    reaches, more = follow(operations, patch)
-    problems = (*problems, *more)
+    problems = find_problems(operations, problems, patch)
+    used = patch if problems else triple(n + 1 for n in follow(operations, patch)[0][-1].lost)
+    return Geometry(patch, used, _strides(operations), not problems, problems)
+
+
+def find_problems(
+    operations: Sequence[Operation],
+    problems: tuple[str, ...],
+    patch: Zyx,
+    dense_axes: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[str, ...]:
+    """Add to the problems of reading a network those of computing it at every voxel along some axes."""
+    for operation in operations:
+        padding = operation.window.padding
+        if any(p for p, is_dense in zip(padding, dense_axes, strict=True) if is_dense):
+            problems += (f"{operation.name}: pads with {padding} zeros, where its patch has neighbours in a volume",)
+    if problems:  # without the layers that were refused, what is found further down would mislead
+        return problems
+    reaches, problems = follow(operations, patch)
     last = reaches[-1]
     if not problems and last.extent != UNIT:
-        problems = (f"the result of a patch {patch} has {last.extent} voxels, not one: is that the network's patch?",)
-    return Geometry(patch, triple(n + 1 for n in last.lost), _strides(operations), not problems, problems)
+        return (f"the result of a patch {patch} has {last.extent} voxels, not one: is that the network's patch?",)
+    return problems
 
 
 def _strides(operations: Sequence[Operation]) -> Zyx:
@@ -124,7 +142,7 @@ def _reach_after(operation: Operation, inputs: Sequence[Reach]) -> tuple[Reach, 
 def _slide(window: Window, before: Reach) -> tuple[Reach, str]:
     extent, spacing, lost = [], [], []
     for axis, covered in enumerate(window.covered):
-        n = (before.extent[axis] - covered) // window.stride[axis] + 1
+        n = (before.extent[axis] + 2 * window.padding[axis] - covered) // window.stride[axis] + 1
         if n < 1:
             return before, f"covers {covered} voxels along {'zyx'[axis]}, where {before.extent[axis]} are left"
         extent.append(n)

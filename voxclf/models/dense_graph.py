@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 Zyx = tuple[int, int, int]
 Kind = Literal["convolution", "max_pool", "average_pool", "pointwise", "concatenation", "crop"]
@@ -35,7 +35,18 @@ POINTWISE_FUNCTIONS: frozenset[Callable] = frozenset(
     (
         *(operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv, operator.neg),
         *(torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.relu, torch.sigmoid, torch.tanh, torch.maximum),
-        *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.softplus),
+        *(
+            functional.relu,
+            functional.relu6,
+            functional.leaky_relu,
+            functional.elu,
+            functional.selu,
+            functional.gelu,
+            functional.silu,
+            functional.mish,
+            functional.hardswish,
+            functional.softplus,
+        ),
     )
 )
 POINTWISE_METHODS = frozenset(("add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "contiguous"))
@@ -44,11 +55,12 @@ UNKNOWN_LAYER = "is not known to treat every voxel by its surroundings alone"
 
 @dataclass(frozen=True)
 class Window:
-    """Kernel, stride and dilation of an operation, each along z, y, x."""
+    """Kernel, stride, dilation and padding of an operation, each along z, y, x."""
 
     kernel: Zyx = UNIT
     stride: Zyx = UNIT
     dilation: Zyx = UNIT
+    padding: Zyx = (0, 0, 0)
 
     @property
     def covered(self) -> Zyx:
@@ -129,7 +141,7 @@ class _Tracer(fx.Tracer):
         return getattr(m, "acts_per_voxel", False) or super().is_leaf_module(m, module_qualified_name)
 
 
-class _NotExact(Exception):
+class _RefusalError(Exception):
     """Why a layer cannot be evaluated at every voxel; becomes a problem that names the layer."""
 
 
@@ -148,7 +160,7 @@ class _Reader:
             name = str(node.target) if node.op in ("call_module", "get_attr") else _describe(node)
             try:
                 self._read_node(node, name)
-            except _NotExact as reason:
+            except _RefusalError as reason:
                 self.problems.append(f"{name}: {reason}")
                 self.values[node] = Value(len(self.operations))
         return self.operations, tuple(self.problems)
@@ -156,7 +168,7 @@ class _Reader:
     def _read_node(self, node: fx.Node, name: str) -> None:
         if node.op == "placeholder":
             if self.values:
-                raise _NotExact("a second input; dense evaluation knows networks of one input")
+                raise _RefusalError("a second input; dense evaluation knows networks of one input")
             self.values[node] = Value(0)
         elif node.op == "get_attr":
             self.values[node] = self._read_attribute(str(node.target))
@@ -176,16 +188,18 @@ class _Reader:
         attribute = Attribute(self.network.get_submodule(owner), name)
         shape = tuple(attribute.get().shape)
         if any(n != 1 for n in shape[-3:]):
-            raise _NotExact(f"a parameter of shape {shape} may vary over space; give it three last axes of 1")
+            raise _RefusalError(f"a parameter of shape {shape} may vary over space; give it three last axes of 1")
         return attribute
 
     def _read_operation(self, node: fx.Node, name: str) -> Operation:
         if self.is_flat.intersection(node.all_input_nodes):
-            raise _NotExact("works on a result without its spatial axes; put a convolution in its place before they go")
+            raise _RefusalError(
+                "works on a result without its spatial axes; put a convolution in its place before they go"
+            )
         found = [self.values[n] for n in node.all_input_nodes]
         inputs = tuple(dict.fromkeys(v.index for v in found if isinstance(v, Value)))
         if not inputs:
-            raise _NotExact("does not depend on the input")
+            raise _RefusalError("does not depend on the input")
         if node.op == "call_module":
             return read_layer(name, inputs, self.network.get_submodule(name))
         if node.target in (torch.cat, torch.concat):
@@ -197,7 +211,7 @@ class _Reader:
         elif node.target in POINTWISE_FUNCTIONS:
             function = node.target
         else:
-            raise _NotExact(f"{UNKNOWN_LAYER}; if it does, write it as a layer (such as nn.MaxPool3d)")
+            raise _RefusalError(f"{UNKNOWN_LAYER}; if it does, write it as a layer (such as nn.MaxPool3d)")
         arguments = fx.node.map_arg(node.args, self.values.__getitem__)
         keywords = fx.node.map_arg(node.kwargs, self.values.__getitem__)
         return Operation(name, "pointwise", inputs, function, tuple(arguments), dict(keywords))
@@ -206,36 +220,37 @@ class _Reader:
         tensors, *more = node.args
         axis = node.kwargs.get("dim", more[0] if more else 0)
         if axis != 1:
-            raise _NotExact(f"joins axis {axis}; only channels, axis 1, can be joined")
+            raise _RefusalError(f"joins axis {axis}; only channels, axis 1, can be joined")
         parts = [self.values[n] for n in tensors]  # type: ignore[union-attr,index]
         return Operation(name, "concatenation", tuple(part.index for part in parts if isinstance(part, Value)))
 
     def _check_result(self, result: Any) -> None:
         if not isinstance(result, fx.Node) or self.values.get(result) != Value(len(self.operations)):
-            raise _NotExact("forward should return one tensor, the last that it computes")
+            raise _RefusalError("forward should return one tensor, the last that it computes")
 
 
 def read_layer(name: str, inputs: tuple[int, ...], layer: nn.Module) -> Operation:
     """Describe what a layer does with voxels; raises what `read_operations` reports for layers that do not fit."""
     if isinstance(layer, nn.Conv3d):
-        if layer.padding != "valid" and any(p for p in _padding(layer)):
-            raise _NotExact(f"pads with {_padding(layer)} voxels that are not there when its patch lies in a volume")
-        window = Window(triple(layer.kernel_size), triple(layer.stride), triple(layer.dilation))
+        padding = _padding(layer)
+        if any(padding) and layer.padding_mode != "zeros":
+            raise _RefusalError(f"pads with {layer.padding_mode!r}; only zeros can be told from what is there")
+        window = Window(triple(layer.kernel_size), triple(layer.stride), triple(layer.dilation), padding)
         return Operation(name, "convolution", inputs, layer, window=window)
     if isinstance(layer, nn.MaxPool3d | nn.AvgPool3d):
         if any(triple(layer.padding)):
-            raise _NotExact(f"pads with {layer.padding} voxels that are not there when its patch lies in a volume")
+            raise _RefusalError(f"pads with {layer.padding} voxels that are not there when its patch is in a volume")
         if layer.ceil_mode or getattr(layer, "return_indices", False):
-            raise _NotExact("ceil_mode and return_indices have no counterpart at every voxel; leave them out")
+            raise _RefusalError("ceil_mode and return_indices have no counterpart at every voxel; leave them out")
         stride = layer.kernel_size if layer.stride is None else layer.stride
         window = Window(triple(layer.kernel_size), triple(stride), triple(getattr(layer, "dilation", 1)))
         kind: Kind = "max_pool" if isinstance(layer, nn.MaxPool3d) else "average_pool"
         return Operation(name, kind, inputs, layer, window=window)
     if isinstance(layer, nn.BatchNorm3d):
         if layer.running_mean is None:
-            raise _NotExact("normalises by the batch even in eval mode; set track_running_stats=True")
+            raise _RefusalError("normalises by the batch even in eval mode; set track_running_stats=True")
     elif not (isinstance(layer, POINTWISE_LAYERS) or getattr(layer, "acts_per_voxel", False) or _is_softmax(layer)):
-        raise _NotExact(f"{type(layer).__name__} {UNKNOWN_LAYER}")
+        raise _RefusalError(f"{type(layer).__name__} {UNKNOWN_LAYER}")
     return Operation(name, "pointwise", inputs, layer, (Value(inputs[0]),))
 
 
@@ -244,9 +259,14 @@ def _is_softmax(layer: nn.Module) -> bool:
 
 
 def _padding(layer: nn.Conv3d) -> Zyx:
-    if layer.padding == "same":
-        return triple((k - 1) * d // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
-    return triple(layer.padding)
+    if layer.padding == "valid":
+        return (0, 0, 0)
+    if layer.padding != "same":
+        return triple(layer.padding)
+    total = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    if any(n % 2 for n in total):
+        raise _RefusalError("pads one side more than the other; choose an odd kernel")
+    return triple(n // 2 for n in total)
 
 
 def _drops_axes(node: fx.Node, network: nn.Module) -> bool:
@@ -263,7 +283,7 @@ def _read_crop(index: Any) -> tuple[slice, ...]:
         parts = parts[2:]
     is_plain = len(parts) == 3 and all(isinstance(p, slice) and isinstance(p.start, int | None) for p in parts)
     if not is_plain or any(not isinstance(p.stop, int | None) or p.step not in (None, 1) for p in parts):
-        raise _NotExact("cuts out something else than a box; use three slices of whole numbers for z, y, x")
+        raise _RefusalError("cuts out something else than a box; use three slices of whole numbers for z, y, x")
     return tuple(parts)
 
 

@@ -36,8 +36,8 @@ class DenseUNet(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Decides along which axes each level strides (:func:`~voxclf.models.segmenter.plan_strides`).
     width : float
@@ -48,14 +48,15 @@ class DenseUNet(Segmenter):
 
     def __init__(
         self,
-        in_channels: int,
+        name: str,
         n_classes: int,
+        in_channels: int = 1,
         voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0),
         width: float = 1.0,
         layers: Sequence[int] = LAYERS,
     ) -> None:
         strides = plan_strides(voxel_size_nm, len(DECODER_CHANNELS))
-        super().__init__("denseunet569", in_channels, n_classes, multiply_strides(strides))
+        super().__init__(name, n_classes, in_channels, multiply_strides(strides))
         self.strides = strides
         stem, growth, bottleneck = scale_channels((STEM_CHANNELS, GROWTH, BOTTLENECK), width)
         self.stem = ConvNormAct(in_channels, stem, (7, 7, 7), stride=strides[0])

@@ -32,7 +32,7 @@ LARGE_FOREST_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Inference:
     """How a network is evaluated; trees know no choice here.
 
     Parameters
@@ -62,7 +62,7 @@ class Evaluation:
     n_callers: int = 1
 
     @classmethod
-    def from_options(cls, options: PredictOptions, memory_bytes: int, workers: int | None) -> Evaluation:
+    def from_options(cls, options: PredictOptions, memory_bytes: int, workers: int | None) -> Inference:
         """What a command asked for."""
         return cls(
             options.precision,
@@ -84,44 +84,63 @@ class Evaluation:
         return ""
 
 
-EXACT = Evaluation()
+EXACT = Inference()
+PADDED_CHOICES = (
+    "Use --output-stride 4 (every 4th voxel along each axis from its patch, the rest interpolated), --real-context "
+    "(real voxels in place of padding, which the network has not seen in training), or fit 4res_valid, which does not "
+    "pad"
+)
 
 
-def check_evaluation(model: Model, evaluation: Evaluation) -> None:
-    """Refuse choices that a model does not have, or that exclude each other.
+def check_inference(name: str, inference: Inference) -> None:
+    """Refuse, by a model's name, choices that it does not have, or that exclude each other.
 
     Raises
     ------
     ValueError
         Naming the option.
     """
-    if evaluation.output_stride > 1 and evaluation.real_context:
+    if inference.output_stride > 1 and inference.real_context:
         raise ValueError(
-            f"--output-stride was {evaluation.output_stride} and --real-context was given too; they are two ways to "
+            f"--output-stride was {inference.output_stride} and --real-context was given too; they are two ways to "
             "evaluate a network with padding: leave one out"
         )
-    is_patch_network = model.kind == "network" and NETWORKS[model.name].kind == "patch"
-    given = {
-        "--precision bf16": evaluation.precision != "32" and model.kind != "network",
-        "--tta": evaluation.flips and model.kind != "network",
-        "--output-stride": evaluation.output_stride > 1 and not is_patch_network,
-        "--real-context": evaluation.real_context and not is_patch_network,
+    is_network = name in NETWORKS
+    is_patch_network = is_network and NETWORKS[name].kind == "patch"
+    refused = {
+        "--precision bf16": inference.precision != "32" and not is_network,
+        "--tta": inference.flips and not is_network,
+        "--output-stride": inference.output_stride > 1 and not is_patch_network,
+        "--real-context": inference.real_context and not is_patch_network,
     }
-    for option, is_wrong in given.items():
+    for option, is_wrong in refused.items():
         if is_wrong:
             raise ValueError(
-                f"{option} was given, but {model.name} has no such choice; it is for "
-                f"{'patch networks' if model.kind == 'network' else 'networks'}: leave it out"
+                f"{option} was given, but {name} has no such choice; it is for "
+                f"{'patch networks' if is_network else 'networks'}: leave it out"
             )
 
 
-def describe_evaluation(model: Model, evaluation: Evaluation) -> dict[str, Any]:
+def check_exactness(name: str, inference: Inference) -> None:
+    """Refuse, before it is fitted, a network that could not be evaluated as asked.
+
+    Raises
+    ------
+    ValueError
+        With the choices there are for a network with padding.
+    """
+    is_padded = name in NETWORKS and NETWORKS[name].kind == "patch" and not NETWORKS[name].is_exact
+    if is_padded and not inference.approximation:
+        raise ValueError(f"{name} pads, so it cannot be evaluated exactly at every voxel. {PADDED_CHOICES}")
+
+
+def describe_inference(model: Model, inference: Inference) -> dict[str, Any]:
     """What of the evaluation decides a network's output, for the job's description; nothing for trees."""
     if model.kind != "network":
         return {}
-    described: dict[str, Any] = {"precision": evaluation.precision, "mirror_images": evaluation.flips}
-    if evaluation.approximation:
-        described |= {"approximation": evaluation.approximation}
+    described: dict[str, Any] = {"precision": inference.precision, "mirror_images": inference.flips}
+    if inference.approximation:
+        described |= {"approximation": inference.approximation}
     return described
 
 
@@ -130,7 +149,7 @@ def make_step(
     device: DeviceChoice = "auto",
     n_voxels: int | None = None,
     round_index: int | None = None,
-    evaluation: Evaluation = EXACT,
+    inference: Inference = EXACT,
 ) -> Step:
     """Build the step that predicts blocks with this model on a device; see :func:`choose_device`.
 
@@ -142,7 +161,7 @@ def make_step(
         from voxclf.models.network_step import make_network_step
 
         assert isinstance(model, NetworkModel)
-        return make_network_step(model, chosen, evaluation)
+        return make_network_step(model, chosen, inference)
     assert isinstance(model, TreeModel)
     step = model.step(round_index)
     if chosen == "cpu":

@@ -10,9 +10,11 @@ Both get batch norm where MONAI's default is instance norm, whose statistics wou
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 from torch import Tensor
 
+from voxclf.errors import ModelError
 from voxclf.geometry import VoxelSize, Zyx
 from voxclf.models.segmenter import Segmenter, multiply_strides, plan_strides, scale_channels
 
@@ -33,8 +35,8 @@ class DynUNet(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Along an axis that a level does not halve, voxels are still coarse and its kernels are 1 long.
     width : float
@@ -42,13 +44,18 @@ class DynUNet(Segmenter):
     """
 
     def __init__(
-        self, in_channels: int, n_classes: int, voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0), width: float = 1.0
+        self,
+        name: str,
+        n_classes: int,
+        in_channels: int = 1,
+        voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0),
+        width: float = 1.0,
     ) -> None:
         from monai.networks.nets import DynUNet as MonaiDynUNet
 
         channels = scale_channels(DYNUNET_CHANNELS, width)
         steps = plan_strides(voxel_size_nm, len(channels) - 1)
-        super().__init__("dynunet", in_channels, n_classes, multiply_strides(steps))
+        super().__init__(name, n_classes, in_channels, multiply_strides(steps))
         self.network = MonaiDynUNet(
             spatial_dims=3,
             in_channels=in_channels,
@@ -70,12 +77,17 @@ class SwinUNETR(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     width : float
         Factor on the published 48 features, rounded to a multiple of 12.
     window : int
         Edge of the attention windows; the published 7 makes the alignment 224 voxels.
+
+    Raises
+    ------
+    ModelError
+        If einops is missing.
 
     Notes
     -----
@@ -83,13 +95,15 @@ class SwinUNETR(Segmenter):
     begin. The alignment is the least common multiple of that and of MONAI's own divisor.
     """
 
-    def __init__(self, in_channels: int, n_classes: int, width: float = 1.0, window: int = 4) -> None:
+    def __init__(self, name: str, n_classes: int, in_channels: int = 1, width: float = 1.0, window: int = 4) -> None:
         from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 
         if window < 2:
             raise ValueError(f"window was {window}; it must be at least 2: 4 is the default, 7 as published")
         edge = math.lcm(SWIN_DIVISOR, SWIN_PATCH ** len(SWIN_HEADS) * window)
-        super().__init__("swin_unetr", in_channels, n_classes, (edge, edge, edge))
+        if find_spec("einops") is None:
+            raise ModelError(f"network {name!r} needs einops, which MONAI imports for it; run `pip install einops`")
+        super().__init__(name, n_classes, in_channels, (edge, edge, edge))
         (features,) = scale_channels((SWIN_FEATURES,), width)
         self.network = MonaiSwinUNETR(
             in_channels=in_channels,

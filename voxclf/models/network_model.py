@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from voxclf.engine.step import Step
@@ -19,6 +20,9 @@ from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import PatchClassifier
 from voxclf.models.registry import NETWORKS, NetworkInfo
 from voxclf.provenance import IntensityStatistics
+
+SEGMENTER_HALO: Zyx = (12, 12, 12)
+"""Around a core of 8, so that a segmenter's folder is tested with a block of 32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,7 @@ class NetworkModel:
 
     @property
     def patch(self) -> Zyx:
-        """Shape of its patches; of a segmenter, the smallest block it is tested with."""
+        """Shape of its patches; segmenters have none."""
         z, y, x = self.architecture["patch"]
         return z, y, x
 
@@ -99,15 +103,18 @@ class NetworkModel:
 
     @property
     def golden_halo(self) -> Zyx:
-        """What a patch around a voxel needs on each side."""
-        return self.patches.halo
+        """What a patch around a voxel needs on each side; for a segmenter, enough for a small block."""
+        return SEGMENTER_HALO if self.info.kind == "segmenter" else self.patches.halo
 
     def golden_answers(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Probabilities (8, K) of the corner voxels of a piece of the volume, patch by patch."""
+        """Probabilities (8, K) of the corners of a piece of the volume, patch by patch; a segmenter's of all of it."""
+        if self.info.kind == "segmenter":
+            channels = torch.from_numpy(self.inputs.compute(image[0]))
+            with torch.inference_mode():
+                return {"probabilities": self.network(channels[None]).softmax(dim=1)[0].numpy()}
         shape = [n - 2 * h for n, h in zip(image.shape[1:], self.golden_halo, strict=True)]
-        corners = product(*((0, n - 1) for n in shape))
         windows = [
             image[:, *(slice(a, a + 2 * h + 1) for a, h in zip(corner, self.golden_halo, strict=True))]
-            for corner in corners
+            for corner in product(*((0, n - 1) for n in shape))
         ]
         return {"probabilities": self.patches.classify_windows(np.stack(windows))}

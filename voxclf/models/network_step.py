@@ -17,15 +17,14 @@ import numpy as np
 import torch
 
 from voxclf.geometry import UNIT, Region, Zyx, add, round_up, split_into_blocks
-from voxclf.models.dense import InexactNetworkError, densify, inspect_geometry, tune_for_inference
-from voxclf.models.devices import EXACT, Evaluation
+from voxclf.models.dense import DenseNetwork, InexactNetworkError, inspect_geometry, tune_for_inference
+from voxclf.models.devices import EXACT, PADDED_CHOICES, Inference
 from voxclf.models.network_certificate import TOLERANCES
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import NO_FLIPS, TURN, PatchClassifier, choose_flips
+from voxclf.models.real_context import remove_padding
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from voxclf.engine.step import Step
     from voxclf.models.network_model import NetworkModel
 
@@ -39,7 +38,7 @@ ACTIVATION_SHARE = 0.5
 """Of the memory budget, for the activations of a tile; the rest holds blocks."""
 
 
-def make_network_step(model: NetworkModel, device: str = "cpu", evaluation: Evaluation = EXACT) -> Step:
+def make_network_step(model: NetworkModel, device: str = "cpu", inference: Inference = EXACT) -> Step:
     """Build the step that predicts blocks with a network.
 
     Raises
@@ -52,38 +51,39 @@ def make_network_step(model: NetworkModel, device: str = "cpu", evaluation: Eval
     if device == "cuda":
         # TF32 keeps 10 bits of the 23 that float32 has; "--precision 32" means float32.
         torch.backends.cudnn.allow_tf32 = False
-    if device == "cpu" and evaluation.n_threads:
-        torch.set_num_threads(evaluation.n_threads)
+    if device == "cpu" and inference.n_threads:
+        torch.set_num_threads(inference.n_threads)
     if model.info.kind == "segmenter":
         from voxclf.models.segmenter_step import make_segmenter_step
 
-        return make_segmenter_step(model, device, evaluation)
-    network = model.network.to(device)
-    flips = choose_flips(model.voxel_size_nm) if evaluation.flips else NO_FLIPS
-    patches = PatchClassifier(network, model.patch, model.inputs, device, flips, model.calibration)
-    if evaluation.output_stride > 1:
-        return CoarsePatchStep(patches, model.label_set.n_classes, evaluation.output_stride, evaluation.n_callers)
-    if not evaluation.real_context:
+        return make_segmenter_step(model, device, inference)
+    flips = choose_flips(model.voxel_size_nm) if inference.flips else NO_FLIPS
+    network, patch = model.network, model.patch
+    if inference.real_context:
+        network, patch = remove_padding(network, patch)
+    elif inference.output_stride == 1:
         _check_exact(model)
-    tuned = tune_for_inference(
+    network = network.to(device)
+    patches = PatchClassifier(network, patch, model.inputs, device, flips, model.calibration)
+    n_classes = model.label_set.n_classes
+    if inference.output_stride > 1:
+        return CoarsePatchStep(patches, n_classes, inference.output_stride, inference.n_callers)
+    dense = tune_for_inference(
         network,
-        model.patch,
+        patch,
         device=device,
-        dtype=DTYPES[evaluation.precision],
-        real_context=evaluation.real_context,
+        dtype=DTYPES[inference.precision],
+        # A resumed job must repeat its rounding. On CPUs the backends are equally fast, so nothing is lost.
+        backend="a_trous" if device == "cpu" else "auto",
     )
-    reference: PatchClassifier = patches
-    if evaluation.real_context:
-        plain = densify(network, model.patch, real_context=True)
-        reference = RealContextClassifier(network, model.patch, model.inputs, device, flips, model.calibration, plain)
     return PatchNetworkStep(
-        tuned,
-        reference,
-        model.label_set.n_classes,
-        _choose_tile(tuned, model.inputs, device, evaluation),
-        TOLERANCES[evaluation.precision],
-        DTYPES[evaluation.precision],
-        evaluation.n_callers,
+        dense,
+        patches,
+        n_classes,
+        _choose_tile(dense, model.inputs, device, inference),
+        TOLERANCES[inference.precision],
+        DTYPES[inference.precision],
+        inference.n_callers,
     )
 
 
@@ -91,15 +91,13 @@ def _check_exact(model: NetworkModel) -> None:
     geometry = inspect_geometry(model.network, model.patch)
     if not geometry.is_exact:
         raise InexactNetworkError(
-            f"{model.name} cannot be evaluated exactly at every voxel: {geometry.problems[0]}. Use --output-stride 4 "
-            "(every 4th voxel along each axis from its patch, the rest interpolated), --real-context (real voxels in "
-            "place of padding, which the network has not seen in training), or fit 4res_valid, which does not pad"
+            f"{model.name} cannot be evaluated exactly at every voxel: {geometry.problems[0]}. {PADDED_CHOICES}"
         )
 
 
-def _choose_tile(dense: nn.Module, inputs: NetworkInput, device: str, evaluation: Evaluation) -> Zyx:
+def _choose_tile(dense: DenseNetwork, inputs: NetworkInput, device: str, inference: Inference) -> Zyx:
     """The largest cube whose activations fit the budget: of the job on a CPU, of what is free on a GPU."""
-    budget = ACTIVATION_SHARE * (_free_bytes(device) if device == "cuda" else evaluation.memory_bytes)
+    budget = ACTIVATION_SHARE * (_free_bytes(device) if device == "cuda" else inference.memory_bytes)
     sides = [side for side in TILE_SIDES if device == "cuda" or side <= LARGEST_CPU_TILE]
     for side in sides:
         tile = (side, side, side)
@@ -112,9 +110,16 @@ def _choose_tile(dense: nn.Module, inputs: NetworkInput, device: str, evaluation
     )
 
 
-def _tile_bytes(dense: nn.Module, inputs: NetworkInput, tile: Zyx) -> int:
-    before, after = dense.margins
+def _tile_bytes(dense: DenseNetwork, inputs: NetworkInput, tile: Zyx) -> int:
+    before, after = margins(dense)
     return int(dense.working_bytes(tile)) + inputs.working_bytes(add(tile, add(before, after)))
+
+
+def margins(dense: DenseNetwork) -> tuple[Zyx, Zyx]:
+    """Voxels that a dense network needs before and after the centre voxel of a patch."""
+    before = tuple(p // 2 for p in dense.patch)
+    after = tuple(r - 1 - b for r, b in zip(dense.receptive_field, before, strict=True))
+    return before, after  # type: ignore[return-value]
 
 
 def _free_bytes(device: str) -> int:
@@ -132,7 +137,7 @@ class PatchNetworkStep:
     Parameters
     ----------
     dense : DenseNetwork
-        Tuned for the device; its ``margins`` say what it needs before and after a voxel.
+        Tuned for the device.
     reference : PatchClassifier
         The same answers the slow way, for the certificate.
     out_channels : int
@@ -147,7 +152,7 @@ class PatchNetworkStep:
         Threads that share this step; each holds a block, but only one computes.
     """
 
-    dense: nn.Module
+    dense: DenseNetwork
     reference: PatchClassifier
     out_channels: int
     tile_shape: Zyx
@@ -164,7 +169,7 @@ class PatchNetworkStep:
     @property
     def margin(self) -> Zyx:
         """Voxels of the network's input needed on each side; the same on both, so that mirror images fit too."""
-        before, after = self.dense.margins
+        before, after = margins(self.dense)
         z, y, x = (max(a, b) for a, b in zip(before, after, strict=True))
         return z, y, x
 
@@ -195,7 +200,7 @@ class PatchNetworkStep:
 
     def _classify(self, channels: torch.Tensor) -> torch.Tensor:
         """Probabilities (K, z, y, x) of a tile whose channels are (1, C, z + 2 margin, …), mirror images averaged."""
-        before, after = self.dense.margins
+        before, after = margins(self.dense)
         cut = tuple(
             slice(m - b, n - (m - a)) for m, b, a, n in zip(self.margin, before, after, channels.shape[2:], strict=True)
         )
@@ -207,40 +212,6 @@ class PatchNetworkStep:
             total = total + probabilities.flip([axis + 1 for axis in axes])
         assert isinstance(total, torch.Tensor)
         return (total / len(self.reference.flips)).cpu()
-
-
-@dataclass(frozen=True, eq=False)
-class RealContextClassifier(PatchClassifier):
-    """Single voxels from their real surroundings instead of a padded patch: the reference of ``--real-context``."""
-
-    dense: nn.Module | None = None
-
-    @property
-    def margin(self) -> Zyx:
-        """As far as the network reaches without padding."""
-        assert self.dense is not None
-        before, after = self.dense.margins
-        z, y, x = (max(a, b) for a, b in zip(before, after, strict=True))
-        return z, y, x
-
-    def classify_channels(self, windows: torch.Tensor) -> torch.Tensor:
-        """Map channels (B, C, 1 + 2 margin, …) to probabilities (B, K)."""
-        assert self.dense is not None
-        before, after = self.dense.margins
-        cut = tuple(slice(m - b, m + a + 1) for m, b, a in zip(self.margin, before, after, strict=True))
-        windows = windows.to(self.device)
-        with torch.inference_mode():
-            total: torch.Tensor | float = 0.0
-            for axes in self.flips:
-                mirrored = windows.flip([axis + 2 for axis in axes])[:, :, *cut]
-                total = total + self.dense(mirrored).float().softmax(dim=1)[..., 0, 0, 0]
-            assert isinstance(total, torch.Tensor)
-            return (total / len(self.flips)).cpu()
-
-    @property
-    def batch(self) -> int:
-        """One at a time: without padding the surroundings are large."""
-        return 1
 
 
 @dataclass(frozen=True, eq=False)

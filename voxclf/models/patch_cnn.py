@@ -14,13 +14,13 @@ For a cube of the published size this gives the published network. The centre is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 Zyx = tuple[int, int, int]
 NormName = Literal["batch", "layer"]
@@ -64,7 +64,9 @@ class Shape:
 class Layer(Protocol):
     """An entry of ``NETWORKS``: builds itself for what it receives, and tells what it hands on."""
 
-    def build(self, shape: Shape, style: Style) -> tuple[nn.Module, Shape]: ...
+    def build(self, shape: Shape, style: Style) -> tuple[nn.Module, Shape]:
+        """Module and what it hands on."""
+        ...
 
 
 # --- modules ---
@@ -89,7 +91,7 @@ class ChannelLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the channels of each voxel."""
-        x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
+        x = functional.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
         return x.movedim(-1, 1)
 
 
@@ -315,9 +317,7 @@ NETWORKS: Mapping[str, tuple[Style, Sequence[Layer]]] = {
 }
 
 
-def build_patch_cnn(
-    name: str, n_classes: int, patch: Zyx, in_channels: int = 1, width: float = 1.0
-) -> PatchNetwork:
+def build_patch_cnn(name: str, n_classes: int, patch: Zyx, in_channels: int = 1, width: float = 1.0) -> PatchNetwork:
     """Build one of ``NETWORKS``.
 
     Parameters

@@ -135,14 +135,28 @@ def _patch_network(
     return name, NetworkInfo(name, description, f"voxclf.models.{builder}", "patch", is_exact, patch, defaults)
 
 
+def _segmenter(name: str, description: str, builder: str, **defaults: Any) -> tuple[str, NetworkInfo]:
+    defaults = MappingProxyType({"width": 1.0, **defaults})
+    return name, NetworkInfo(name, description, f"voxclf.models.{builder}", "segmenter", defaults=defaults)
+
+
+ISOTROPIC: VoxelSize = (1.0, 1.0, 1.0)
+"""Voxel size for which a segmenter is built unless told: it decides along which axes the network halves."""
+
 NETWORKS: Mapping[str, NetworkInfo] = MappingProxyType(
     dict(
         (
             _patch_network(
-                "3layer", "Three convolutions on a patch of 8: small and very fast, sees texture only.", 8, is_exact=True
+                "3layer",
+                "Three convolutions on a patch of 8: small and very fast, sees texture only.",
+                8,
+                is_exact=True,
             ),
             _patch_network(
-                "4conv", "Four convolutions and three pools on a patch of 32: fast, the place to start.", 32, is_exact=True
+                "4conv",
+                "Four convolutions and three pools on a patch of 32: fast, the place to start.",
+                32,
+                is_exact=True,
             ),
             _patch_network(
                 "4res",
@@ -153,7 +167,7 @@ NETWORKS: Mapping[str, NetworkInfo] = MappingProxyType(
             _patch_network("4res_ln", "As 4res, with layer norm in place of batch norm.", 32, is_exact=False),
             _patch_network(
                 "4res_valid",
-                "As 4res without padding and with one early pool: exact at every voxel, 2 to 5 times the work of 4conv.",
+                "As 4res without padding and with one early pool: exact at every voxel, twice the work of 4conv.",
                 32,
                 is_exact=True,
             ),
@@ -174,14 +188,59 @@ NETWORKS: Mapping[str, NetworkInfo] = MappingProxyType(
                 is_exact=False,
                 builder="convnext3d:build_dilated_convnext",
             ),
+            _segmenter(
+                "unet3d",
+                "3D UNet: convolutions, pooling, upsampling; 6 M parameters. The segmenter to start with.",
+                "unet3d:UNet3D",
+                voxel_size_nm=ISOTROPIC,
+            ),
+            _segmenter(
+                "denseunet569",
+                "3D-DenseUNet-569: dense blocks of depthwise-separable convolutions; very deep, 10 M parameters.",
+                "denseunet:DenseUNet",
+                voxel_size_nm=ISOTROPIC,
+            ),
+            _segmenter(
+                "res_unet_r",
+                "Residual UNet for thick sections with class and boundary outputs; won MitoEM. 2 M parameters.",
+                "res_unet:ResUNet",
+                voxel_size_nm=ISOTROPIC,
+                block="acb",
+            ),
+            _segmenter(
+                "res_unet_h",
+                "As res_unet_r, with a decoder for each output.",
+                "res_unet:ResUNet",
+                voxel_size_nm=ISOTROPIC,
+                block="acb",
+            ),
+            _segmenter(
+                "unet2d",
+                "2D UNet section by section, with an encoder trained on ImageNet, or `plain`.",
+                "unet2d:UNet2D",
+                voxel_size_nm=ISOTROPIC,
+                encoder="resnet34",
+                encoder_weights="imagenet",
+                three_axes=False,
+            ),
+            _segmenter(
+                "dynunet",
+                "nnU-Net's network, built by MONAI: strided convolutions planned from the voxel size; 17 M parameters.",
+                "monai_networks:DynUNet",
+                voxel_size_nm=ISOTROPIC,
+            ),
+            _segmenter(
+                "swin_unetr",
+                "SwinUNETR, built by MONAI: a transformer with shifted windows as encoder; 62 M parameters, slow.",
+                "monai_networks:SwinUNETR",
+                window=4,
+            ),
         )
     )
 )
 
 
-def build(
-    name: str, n_classes: int, patch: int | Zyx | None = None, in_channels: int = 1, **options: Any
-) -> nn.Module:
+def build(name: str, n_classes: int, patch: int | Zyx | None = None, in_channels: int = 1, **options: Any) -> nn.Module:
     """Build a neural network with random weights.
 
     Parameters
@@ -210,7 +269,9 @@ def build(
         If the name or an option is unknown, or a number is out of range.
     """
     if name not in NETWORKS:
-        raise ValueError(f"network {name!r} is unknown; known are {', '.join(NETWORKS)} (`voxclf models` explains them)")
+        raise ValueError(
+            f"network {name!r} is unknown; known are {', '.join(NETWORKS)} (`voxclf models` explains them)"
+        )
     info = NETWORKS[name]
     for argument, value, least in (("n_classes", n_classes, 2), ("in_channels", in_channels, 1)):
         if value < least:
@@ -234,7 +295,9 @@ def _check_patch(patch: int | Zyx | None, info: NetworkInfo) -> Zyx:
         patch = info.patch
     shape = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
     if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"patch was {patch}; give one edge or three (z, y, x) of at least 1 voxel, such as {info.patch}")
+        raise ValueError(
+            f"patch was {patch}; give one edge or three (z, y, x) of at least 1 voxel, such as {info.patch}"
+        )
     z, y, x = (int(n) for n in shape)
     return z, y, x
 

@@ -36,8 +36,8 @@ class ResUNet(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Steps down and flat kernels leave the coarsest axis out, as published for sections; where voxels are
         isotropic there is no such axis, and both take all three.
@@ -45,29 +45,25 @@ class ResUNet(Segmenter):
         Factor on the published channel numbers.
     block : "acb", "res", "se" or "eca"
         See :data:`BLOCKS`.
-    two_decoders : bool
-        ``res_unet_h``.
     """
 
     has_boundary = True
 
     def __init__(
         self,
-        in_channels: int,
+        name: str,
         n_classes: int,
+        in_channels: int = 1,
         voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0),
         width: float = 1.0,
         block: BlockName = "acb",
-        two_decoders: bool = False,
     ) -> None:
         if block not in BLOCKS:
             raise ValueError(f"block was {block!r}; choose one of {', '.join(get_args(BlockName))}")
         channels = scale_channels(CHANNELS, width)
         stride = flat_triple(voxel_size_nm, 2)
         strides = (stride,) * (len(channels) - 1)
-        super().__init__(
-            "res_unet_h" if two_decoders else "res_unet_r", in_channels, n_classes, multiply_strides(strides)
-        )
+        super().__init__(name, n_classes, in_channels, multiply_strides(strides))
         self.stride = stride
         flat = flat_triple(voxel_size_nm, 3)
         self.embedding = ConvNormAct(in_channels, channels[0], flat_triple(voxel_size_nm, 5), activation=nn.ELU)
@@ -76,7 +72,7 @@ class ResUNet(Segmenter):
             ConvNormAct(n_in, n_out, flat, stride, activation=nn.ELU) for n_in, n_out in pairwise(channels)
         )
         self.encoder = nn.ModuleList(BLOCKS[block](n, flat, w) for n, w in zip(channels, windows, strict=True))
-        outputs = (n_classes, 1) if two_decoders else (n_classes + 1,)
+        outputs = (n_classes, 1) if name == "res_unet_h" else (n_classes + 1,)
         self.decoders = nn.ModuleList(Decoder(channels, stride, flat, block, windows, n_out) for n_out in outputs)
 
     def segment(self, x: Tensor) -> tuple[Tensor, Tensor]:

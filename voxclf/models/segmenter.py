@@ -17,6 +17,9 @@ from voxclf.geometry import UNIT, VoxelSize, Zyx, round_up
 ISOTROPIC_WITHIN = math.sqrt(2)
 """Voxels whose longest edge is at most this many times the shortest cannot be made more isotropic by halving."""
 
+CROP_EDGE = 64
+"""Edge of a crop for training on two cores; published ones (128³, 32×256×256, 384²) are asked for by option."""
+
 SegmenterOutput = Tensor | tuple[Tensor, Tensor]
 
 
@@ -27,26 +30,29 @@ class Segmenter(nn.Module):
     ----------
     name : str
         As in the registry.
-    in_channels, n_classes : int
-        C and K.
+    n_classes, in_channels : int
+        K and C; the channels are 1 for the image alone.
     alignment : (z, y, x)
         Product of the strides along each axis. A crop that starts elsewhere by a multiple of it gives the same
         logits, away from the crop's edges.
 
     Attributes
     ----------
+    patch : (z, y, x)
+        Crop to train on where none is asked for: 64 voxels along an axis, or two alignments if those are more.
     has_boundary : bool
         Whether there is a second output, the logits of class boundaries. It is handed over while training only.
     """
 
     has_boundary = False
 
-    def __init__(self, name: str, in_channels: int, n_classes: int, alignment: Zyx) -> None:
+    def __init__(self, name: str, n_classes: int, in_channels: int, alignment: Zyx) -> None:
         super().__init__()
         self.name = name
         self.in_channels = in_channels
         self.n_classes = n_classes
         self.alignment = alignment
+        self.patch = plan_crop(alignment)
 
     def segment(self, x: Tensor) -> SegmenterOutput:
         """Return class logits, or class and boundary logits, for a size that is a multiple of the alignment."""
@@ -104,6 +110,16 @@ def plan_strides(voxel_size_nm: VoxelSize, n_levels: int) -> tuple[Zyx, ...]:
         sizes = [size * s for size, s in zip(sizes, (z, y, x), strict=True)]
         plan.append((z, y, x))
     return tuple(plan)
+
+
+def plan_crop(alignment: Zyx) -> Zyx:
+    """Crop to train on: :data:`CROP_EDGE`, but at least two voxels at the coarsest level, and whole alignments.
+
+    Along an axis that a network halves less, voxels are longer, and the crop has fewer, down to 16.
+    """
+    finest = max(alignment)
+    z, y, x = (max(2 * a, CROP_EDGE * a // finest, 16) for a in alignment)
+    return z, y, x
 
 
 def multiply_strides(strides: Sequence[Zyx]) -> Zyx:

@@ -35,8 +35,8 @@ class UNet2D(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Sections are across the axis of the longest voxels, z where all are equal.
     width : float
@@ -56,8 +56,9 @@ class UNet2D(Segmenter):
 
     def __init__(
         self,
-        in_channels: int,
+        name: str,
         n_classes: int,
+        in_channels: int = 1,
         voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0),
         width: float = 1.0,
         encoder: str = "resnet34",
@@ -66,13 +67,15 @@ class UNet2D(Segmenter):
     ) -> None:
         section_axis = max(range(3), key=lambda axis: (voxel_size_nm[axis], -axis))
         section_axes = (0, 1, 2) if three_axes else (section_axis,)
-        if encoder == "plain":
-            stride = 2 ** (len(PLAIN_CHANNELS) - 1)
-        else:
-            stride = 2 ** len(DECODER_CHANNELS)
+        n_levels = len(PLAIN_CHANNELS) - 1 if encoder == "plain" else len(DECODER_CHANNELS)
+        stride = 2**n_levels
         z, y, x = (1 if section_axes == (axis,) else stride for axis in range(3))
-        super().__init__("unet2d", in_channels, n_classes, (z, y, x))
+        super().__init__(name, n_classes, in_channels, (z, y, x))
         self.section_axes = section_axes
+        if not three_axes:
+            # Sections say nothing about each other: a crop is one, so that sparse labels fill it.
+            z, y, x = (1 if axis == section_axis else n for axis, n in enumerate(self.patch))
+            self.patch = (z, y, x)
         self.encoder_name = encoder
         self.sections: nn.Module
         if encoder == "plain":
@@ -179,4 +182,4 @@ def _import_library() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:160]}"

@@ -29,8 +29,8 @@ class UNet3D(Segmenter):
 
     Parameters
     ----------
-    in_channels, n_classes : int
-        C and K.
+    name, n_classes, in_channels
+        See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Decides along which axes each level pools (:func:`~voxclf.models.segmenter.plan_strides`).
     width : float
@@ -38,11 +38,16 @@ class UNet3D(Segmenter):
     """
 
     def __init__(
-        self, in_channels: int, n_classes: int, voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0), width: float = 1.0
+        self,
+        name: str,
+        n_classes: int,
+        in_channels: int = 1,
+        voxel_size_nm: VoxelSize = (1.0, 1.0, 1.0),
+        width: float = 1.0,
     ) -> None:
         channels = scale_channels(CHANNELS, width)
         strides = plan_strides(voxel_size_nm, len(channels) - 1)
-        super().__init__("unet3d", in_channels, n_classes, multiply_strides(strides))
+        super().__init__(name, n_classes, in_channels, multiply_strides(strides))
         self.strides = strides
         self.encoder = nn.ModuleList(
             _double_convolution(n_in, n_out) for n_in, n_out in zip((in_channels, *channels), channels, strict=False)

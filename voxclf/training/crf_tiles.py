@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
 import numpy as np
 
-from voxclf.engine.transfer import read_block
-from voxclf.geometry import ORIGIN, Block, Region, Zyx, make_block
+from voxclf.geometry import ORIGIN, Region, VoxelSize, Zyx, subtract
 from voxclf.labels import LabelSet
 from voxclf.metrics.cells import CellGrid
 from voxclf.metrics.structure import count_contacts
 from voxclf.sampling import LabelSurvey
 from voxclf.volume import Volume
 
-LARGEST_TILE: Zyx = (32, 64, 64)
+LARGEST_TILE: Zyx = (24, 96, 96)
 SMALLEST_CELL = 16
+MARGIN = 16
+"""Voxels of the finest axis that are read around a tile. Kernels reach further, but what lies beyond hardly changes
+which parameters are best, and would take most of the time; on all sides it costs a score a little of its gain."""
 MAX_BOXES = 512
 """Labelled boxes looked at; of more, as dense labels of a large volume have, a random choice is enough."""
-LEAST_CELLS = 4
+LEAST_CELLS = LEAST_DRAWN = 4
 N_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class TuningInputs:
-    """Everything a tile is read from; the label set numbers the classes of all three alike."""
+    """Everything a tile is read from; the label set numbers the classes of all alike."""
 
-    image: Volume
+    images: tuple[Volume, ...]
     probabilities: Volume
     labels: Volume
     label_set: LabelSet
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of all images together."""
+        return sum(volume.n_channels for volume in self.images)
+
+    @property
+    def voxel_size_nm(self) -> VoxelSize:
+        """Of all volumes."""
+        return self.images[0].voxel_size_nm
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,35 +62,26 @@ class LoadedTile:
 
     Parameters
     ----------
-    cell : int
     classes : ndarray of int16, shape (z, y, x)
         Class indices of the core, -1 where unlabelled.
-    image, stored : ndarray, shape (1, z + 2h, …) and (K, z + 2h, …)
-        As on disk.
-    halo : (z, y, x)
+    arrays : list of ndarray
+        Images, then probabilities, of the core and what was read around it, as on disk.
+    core : slices (z, y, x)
+        The core within the arrays.
     """
 
-    cell: int
     classes: np.ndarray
-    image: np.ndarray
-    stored: np.ndarray
-    halo: Zyx
-
-    def with_halo(self, halo: Zyx) -> list[np.ndarray]:
-        """Image and probabilities with a halo of at most the one that was read."""
-        cut = tuple(
-            slice(h - n, size - (h - n)) for h, n, size in zip(self.halo, halo, self.image.shape[1:], strict=True)
-        )
-        return [self.image[:, *cut], self.stored[:, *cut]]
+    arrays: list[np.ndarray]
+    core: tuple[slice, slice, slice]
 
     @property
     def stored_core(self) -> np.ndarray:
         """Probabilities of the core as stored, shape (K, z, y, x)."""
-        return self.with_halo(ORIGIN)[1]
+        return self.arrays[-1][:, *self.core]
 
 
 def choose_cell_shape(hull: Region) -> Zyx:
-    """A quarter of the labelled extent, between 16 voxels and (32, 64, 64): small volumes need several cells too."""
+    """A quarter of the labelled extent, between 16 voxels and a tile: small volumes need several cells too."""
     z, y, x = (min(n, most, max(SMALLEST_CELL, n // 4)) for n, most in zip(hull.shape, LARGEST_TILE, strict=True))
     return z, y, x
 
@@ -127,16 +131,31 @@ def read_classes(inputs: TuningInputs, core: Region) -> np.ndarray:
     return inputs.label_set.remap_to_indices(inputs.labels.read(core.start, core.stop)[0])
 
 
-def load_tile(inputs: TuningInputs, tile: Tile, halo: Zyx) -> LoadedTile:
-    """Read the arrays of a tile."""
-    block: Block = make_block(0, tile.core, halo)
+def tile_margin(voxel_size_nm: VoxelSize) -> Zyx:
+    """Voxels read around a tile: as many nanometres along every axis."""
+    z, y, x = (math.ceil(MARGIN * min(voxel_size_nm) / size) for size in voxel_size_nm)
+    return z, y, x
+
+
+def count_read(tile: Tile, inputs: TuningInputs) -> int:
+    """Voxels that :func:`load_tile` reads."""
+    return _surroundings(tile, inputs).n_voxels
+
+
+def load_tile(inputs: TuningInputs, tile: Tile) -> LoadedTile:
+    """Read the arrays of a tile, with a margin that ends at the edge of the volume."""
+    read = _surroundings(tile, inputs)
+    start, stop = subtract(tile.core.start, read.start), subtract(tile.core.stop, read.start)
     return LoadedTile(
-        tile.cell,
         read_classes(inputs, tile.core),
-        read_block(inputs.image, block),
-        read_block(inputs.probabilities, block),
-        halo,
+        [volume.read(read.start, read.stop) for volume in (*inputs.images, inputs.probabilities)],
+        Region(start, stop).slices,
     )
+
+
+def _surroundings(tile: Tile, inputs: TuningInputs) -> Region:
+    whole = Region(ORIGIN, inputs.probabilities.shape)
+    return tile.core.grow(tile_margin(inputs.voxel_size_nm)).intersect(whole)
 
 
 def split_cells(tiles: Sequence[Tile], rng: np.random.Generator) -> tuple[list[Tile], list[Tile]]:
@@ -168,15 +187,22 @@ def split_cells(tiles: Sequence[Tile], rng: np.random.Generator) -> tuple[list[T
     return [t for t in tiles if t.cell in chosen], [t for t in tiles if t.cell not in chosen]
 
 
-def draw_tiles(tiles: Sequence[Tile], n_tiles: int, rng: np.random.Generator) -> list[Tile]:
-    """Draw tiles cell by cell in turn, so that all cells are heard."""
+def draw_tiles(
+    tiles: Sequence[Tile], inputs: TuningInputs, n_voxels: int, most: int, rng: np.random.Generator
+) -> list[Tile]:
+    """Draw tiles cell by cell in turn, so that all cells are heard, until ``n_voxels`` would have to be read.
+
+    At least four, and at most ``most``.
+    """
     shuffled = [tiles[i] for i in rng.permutation(len(tiles))]
     taken: dict[int, int] = {}
     ranked = []
     for tile in shuffled:
         taken[tile.cell] = taken.get(tile.cell, 0) + 1
         ranked.append((taken[tile.cell], tile))
-    return [tile for _, tile in sorted(ranked, key=lambda item: item[0])[:n_tiles]]
+    drawn = [tile for _, tile in sorted(ranked, key=lambda item: item[0])[:most]]
+    read = np.cumsum([count_read(tile, inputs) for tile in drawn])
+    return drawn[: max(LEAST_DRAWN, int(np.searchsorted(read, n_voxels, side="right")))]
 
 
 def sum_contacts(inputs: TuningInputs, tiles: Sequence[Tile]) -> np.ndarray:

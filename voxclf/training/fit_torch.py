@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from voxclf.config import FitOptions
-from voxclf.geometry import Region, Zyx
+from voxclf.geometry import Region, VoxelSize, Zyx, round_up
 from voxclf.labels import LabelSet
 from voxclf.metrics.cells import CellGrid, CellTables
 from voxclf.metrics.voxelwise import score_block, score_tables
@@ -31,6 +31,7 @@ from voxclf.training.augment import build_augmentation
 from voxclf.training.held_out import choose_held_out, count_along_axes
 from voxclf.training.loop import Task, choose_accelerator, run_loop
 from voxclf.training.losses import build_loss
+from voxclf.training.pretrain import load_pretrained
 from voxclf.training.volume_memory import remember
 from voxclf.training.windows import (
     LabelIndex,
@@ -53,6 +54,8 @@ from voxclf.volume import Volume
 IMAGE_MEMORY = 2**30
 """Bytes of image kept around the labels; more labels than fit are read again."""
 LABEL_MEMORY = 2**27
+CROP_SIDE, FLAT_CROP_SIDE = 64, 128
+"""Side of a segmenter's training crop, in 3D and of a single section."""
 SLAB_SIDE = 32
 """Side of a training slab. 64 is a third cheaper per voxel, but voxels of one window are alike; at equal time small
 windows from many places score better."""
@@ -65,8 +68,8 @@ MONITORED_VOXELS = {"slabs": 60_000, "patches": 2_000, "crops": 200_000}
 """Held-out voxels scored after each round: a few per cent of a round's time."""
 SCORED_VOXELS = {"slabs": 400_000, "patches": 10_000, "crops": 1_000_000}
 """Held-out voxels scored at the end."""
-TRAINING_SCORED_SHARE = 0.25
-"""Voxels of the training labels scored at the end, as a share of the held-out ones."""
+LEAST_SCORED = 20_000
+"""Of the training labels as many are scored as of those held out, or this number."""
 COUNTED_STEPS = 50
 """Steps whose windows are counted to know the shares in which classes are drawn."""
 CROP_MARGIN = 8
@@ -145,6 +148,8 @@ def train_network(
     ------
     ValueError
         If no labels can be held out, or the loss does not stay finite.
+    FileNotFoundError, ModelError
+        If ``--init`` names no weights, or weights of another network.
 
     Notes
     -----
@@ -153,6 +158,8 @@ def train_network(
     """
     reader = WindowReader(remember(volume, IMAGE_MEMORY), remember(labels, LABEL_MEMORY), inputs, label_set)
     shapes = plan_windows(network, info, options, volume)
+    if options.init is not None:
+        load_pretrained(network, Path(options.init))
     counted = count_along_axes(reader.labels, survey, label_set)
     counts = last(progress("split labels", counted, len(survey.boxes), "box"))
     held_out = choose_held_out(counts, shapes.sight, label_set.names)
@@ -172,11 +179,12 @@ def train_network(
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
     network.eval()
     n_scored = SCORED_VOXELS[shapes.scored_kind]
+    n_naive = min(n_scored, max(held_out.n_held_out, LEAST_SCORED))
     return TrainedNetwork(
         network=network.cpu(),
         history=state.history,
         validation=_score(task, validation, n_scored, n_threads, progress, "score held out"),
-        training=_score(task, training, int(TRAINING_SCORED_SHARE * n_scored), n_threads, progress, "score trained on"),
+        training=_score(task, training, n_naive, n_threads, progress, "score trained on"),
         split=held_out.to_dict(),
         seconds=state.seconds,
         n_labelled_seen=state.n_seen,
@@ -204,16 +212,10 @@ class WindowPlan:
 
 
 def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, volume: Volume) -> WindowPlan:
-    """Choose the windows for a network.
-
-    Raises
-    ------
-    ValueError
-        If a segmenter is asked to train on patches.
-    """
-    patch: Zyx = tuple(network.patch)  # type: ignore[assignment, arg-type]
+    """Choose the windows for a network."""
     if info.kind == "segmenter":
-        return _plan_crops(patch)
+        return _plan_crops(options.patch or crop_shape(network, options.window, volume.voxel_size_nm))
+    patch: Zyx = tuple(network.patch)
     if not info.is_exact:
         form = (patch_form(patch),)
         return WindowPlan("patches", form, "patches", form, patch)
@@ -225,12 +227,34 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
     return WindowPlan("slabs", slab_forms(patch, sight, side), "slabs", scored, sight)
 
 
+def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
+    """Shape of a segmenter's training crops, a multiple of its strides.
+
+    Parameters
+    ----------
+    network : Segmenter
+        A network of sections has ``section_axes``; if it cuts along one axis only, its crops are single sections.
+    side : int, optional
+        Along the finest axis, voxels; the same length in nm along the others. By default one that trains on two cores.
+    voxel_size_nm : (z, y, x)
+    """
+    sections = getattr(network, "section_axes", (0, 1, 2))
+    is_flat = len(sections) == 1
+    shape = []
+    for axis, n in enumerate(window_side(side or (FLAT_CROP_SIDE if is_flat else CROP_SIDE), voxel_size_nm)):
+        alignment = network.alignment[axis]
+        # Batch norm at the coarsest level needs more than one voxel.
+        shape.append(1 if is_flat and axis in sections else max(round_up(n, alignment), 2 * alignment))
+    z, y, x = shape
+    return z, y, x
+
+
 def _plan_crops(shape: Zyx) -> WindowPlan:
-    margin = tuple(n // CROP_MARGIN for n in shape)
+    z, y, x = (n // CROP_MARGIN for n in shape)
     # How far a segmenter sees in effect is less than its crop; half of it parts what was held out well enough.
-    sight = tuple(-(-n // 2) for n in shape)
-    scored = (crop_form(shape, margin),)  # type: ignore[arg-type]
-    return WindowPlan("crops", (crop_form(shape),), "crops", scored, sight)  # type: ignore[arg-type]
+    sight_z, sight_y, sight_x = (-(-n // 2) for n in shape)
+    scored = (crop_form(shape, (z, y, x)),)
+    return WindowPlan("crops", (crop_form(shape),), "crops", scored, (sight_z, sight_y, sight_x))
 
 
 class Classification(Task):
@@ -371,7 +395,7 @@ def _score(
     task: Classification, index: LabelIndex, limit: int, n_threads: int, progress: Progress, stage: str
 ) -> CellTables:
     """Score the best network on labels, on the device that trained it and in float32."""
-    windows = list_scored_windows(index, task.windows.scored, limit, task.options.seed)
+    windows = list_scored_windows(index, task.windows.scored, limit, task.sampler.seed)
     tally = Tally(task.n_classes, bounding_box(index.survey))
     for _ in progress(
         stage, _score_windows(task, index, windows, tally, n_threads), sum(w.n_labelled for w in windows), "voxel"

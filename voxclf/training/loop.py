@@ -28,14 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 
 from voxclf.config import NetworkFitOptions
+from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
 from voxclf.training.training_state import TrainingState, load_state
+
+prepare_torchvision()  # Lightning imports it where it is installed, and a build for GPUs fails without them
+
+import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger  # noqa: E402
 
 ROUND_STEPS = 100
 """Most steps between two validations."""
@@ -62,7 +66,7 @@ class Task(pl.LightningModule):
         super().__init__()
         self.network = network
         self.options = options
-        self.round_loss = 0.0 * torch.zeros(())
+        self.round_loss = torch.zeros(())
         self.round_steps = 0
         self.plan: Plan | None = None
 
@@ -186,7 +190,7 @@ class _Book(pl.Callback):
         self.folder = folder
         self.shown = steps_shown
         self.started = time.perf_counter() - plan.state.seconds
-        self.validation_s = 0.0
+        self.validation_s = self.train_loss = 0.0
         self.was_interrupted = False
 
     @property
@@ -224,20 +228,20 @@ class _Book(pl.Callback):
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: pl.Trainer, task: Any) -> None:
-        """Start the clock of the validation."""
+        """Start the clock of the validation, unless there is nothing left to validate."""
         self.validation_s = -time.perf_counter()
+        self.train_loss = float(task.round_loss) / max(1, task.round_steps)
+        if not math.isfinite(self.train_loss):
+            raise ValueError(
+                f"training loss became {self.train_loss} in round {self.plan.state.epoch + 1} with --learning-rate "
+                f"{self.plan.options.learning_rate}; it must stay finite: use a smaller one, or --precision 32"
+            )
+        task.round_loss, task.round_steps = torch.zeros(()), 0
 
     def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
         """Write the round down; keep the network if it is the best; stop where patience ends."""
         self.validation_s += time.perf_counter()
         state, options = self.plan.state, self.plan.options
-        train_loss = float(task.round_loss) / max(1, task.round_steps)
-        if not math.isfinite(train_loss):
-            raise ValueError(
-                f"training loss became {train_loss} in round {state.epoch + 1} with --learning-rate "
-                f"{options.learning_rate}; it must stay finite: use a smaller one, or --precision 32"
-            )
-        task.round_loss, task.round_steps = torch.zeros(()), 0
         scores = task.verdict()
         state.epoch += 1
         state.seconds = self.seconds
@@ -250,7 +254,7 @@ class _Book(pl.Callback):
             "seconds": round(state.seconds, 3),
             "n_labelled_seen": state.n_seen,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train_loss": train_loss,
+            "train_loss": self.train_loss,
             **{name: value for name, value in scores.items() if name != "score"},
         }
         state.history.append(entry)

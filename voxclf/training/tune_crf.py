@@ -1,11 +1,13 @@
 """Parameters of the dense CRF fitted on labels, and judged on other labels: it must earn its place.
 
 1. Labelled tiles are divided, whole cells of the volume at a time, into a half to tune on and a half to judge on.
-2. Widths, weights and how far the penalties follow the contacts counted in the labels are searched for: some points
-   spread over the space, then Nelder-Mead from the best of them. Objective: macro F1 of the tuning tiles.
-3. The penalties of the pairs of classes that touch most are fitted one after the other (Powell).
-4. The best parameters found are applied to the other half. Unless the gain in macro F1 is positive with 95 %
-   confidence (paired spatial bootstrap) and mean IoU does not fall, the answer is "no CRF".
+2. Widths, weights, how far the image is smoothed first and how far the penalties follow the contacts counted in the
+   labels are searched for: points known to be good elsewhere, some spread over the space, then Nelder-Mead from the
+   best of them. Objective: mean IoU of the tuning tiles.
+3. The penalties are fitted in turn: of each class for any neighbour, which spares thin structures that smoothing
+   would wear away, then of the pairs of classes that touch most.
+4. The best parameters found are applied to the other half. Unless the gain in mean IoU is positive with 95 %
+   confidence (paired spatial bootstrap) and macro F1 does not fall, the answer is "no CRF".
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor as Pool
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,7 +39,7 @@ from voxclf.metrics.structure import (
 )
 from voxclf.metrics.voxelwise import ScoreTables, score_block, score_tables
 from voxclf.models.crf_parameters import CrfParameters
-from voxclf.models.crf_refiner import CrfRefiner, measure_intensity_window
+from voxclf.models.crf_refiner import Window, make_refiner, measure_intensity_windows
 from voxclf.probabilities import quantise
 from voxclf.progress import Progress, silent
 from voxclf.training.crf_tiles import (
@@ -49,24 +52,36 @@ from voxclf.training.crf_tiles import (
     sum_contacts,
 )
 
-N_TUNING_TILES, N_JUDGING_TILES = 16, 64
-N_START_POINTS, N_SIMPLEX, N_PAIRS = 16, 60, 60
-"""Evaluations: points spread over the space, Nelder-Mead, and pairs of classes."""
-TUNING_TOLERANCE = 10**-2.5
-"""A halo of three widths: of a tile, 0.1 % of labels differ from those of the whole volume."""
-MOST_PAIRS = 10
+MOST_TUNING_TILES, MOST_JUDGING_TILES = 24, 64
+TUNING_VOXELS, JUDGING_VOXELS = 5_000_000, 60_000_000
+"""Voxels read for the tiles of either kind: a trial takes about 4 s of one core, and judging a minute."""
+N_START_POINTS, N_SIMPLEX, N_FACTORS = 20, 60, 60
+"""Evaluations: points spread over the space, Nelder-Mead, and factors of the penalties."""
+MOST_PAIRS = 6
 
 # Widths in voxels of the finest axis. Weights: the kernels are normalised, so a weight of 1 moves log-odds by about 1.
 BOUNDS = {
-    "bilateral_sigma": (0.7, 8.0),
+    "bilateral_sigma": (1.0, 20.0),
     "intensity_sigma": (0.02, 0.5),
-    "spatial_sigma": (0.4, 3.0),
+    "spatial_sigma": (0.4, 6.0),
     "bilateral_weight": (0.1, 20.0),
     "spatial_weight": (0.1, 20.0),
+    "image_sigma": (0.3, 4.0),
 }
-# Bilateral width, intensity width, spatial width, two weights, share of the contacts in the penalties.
-HAND_PICKED = ((3.0, 0.05, 1.0, 1.0, 1.0, 0.5), (4.0, 0.1, 1.0, 3.0, 1.0, 0.0), (2.0, 0.1, 0.7, 0.5, 0.5, 0.0))
-LARGEST_LOG_FACTOR = 1.5
+NARROWEST_INTENSITY = {1: 0.02, 2: 0.1, 3: 0.25}
+"""By number of image channels: narrower kernels would need more than some hundred intensity terms."""
+LEAST_IMAGE_SIGMA = 0.35
+"""Below this many voxels a Gaussian is one voxel wide; 0 says so."""
+# Bilateral width, intensity width, spatial width, two weights, image width, share of the contacts in the penalties.
+HAND_PICKED = (
+    (16.0, 0.1, 1.0, 4.0, 0.2, 2.0, 0.0),
+    (8.0, 0.1, 1.0, 2.0, 1.0, 1.0, 0.0),
+    (4.0, 0.1, 1.0, 3.0, 1.0, 0.3, 0.3),
+    (3.0, 0.05, 1.0, 1.0, 1.0, 0.3, 0.5),
+    (2.0, 0.1, 0.7, 0.5, 0.5, 0.3, 0.0),
+)
+FIRST_STEP, LEAST_STEP = 0.5, 0.1
+"""Of the logarithm of a factor."""
 STRONGEST_CONTACT = 3.0
 
 
@@ -88,7 +103,7 @@ class CrfTuning:
         Objects in the judging tiles, those of unlabelled voxels included.
     unseen_pairs : list of (int, int)
         Pairs of classes that never touch in the labels of any tile.
-    tuned_macro_f1 : (before, after)
+    tuned_mean_iou : (before, after)
         On the tuning tiles; more than the gain, as always on what was tuned on.
     n_evaluations : int
         Parameter sets tried.
@@ -103,7 +118,7 @@ class CrfTuning:
     gain: Mapping[str, Interval]
     structure: StructureChange
     unseen_pairs: list[tuple[int, int]]
-    tuned_macro_f1: tuple[float, float]
+    tuned_mean_iou: tuple[float, float]
     n_evaluations: int
     is_cut_short: bool
 
@@ -113,7 +128,7 @@ class CrfTuning:
             "reason": self.reason,
             "macro_f1_gain": _interval_values(self.gain["macro_f1"]),
             "mean_iou_gain": _interval_values(self.gain["mean_iou"]),
-            "tuning_macro_f1": list(self.tuned_macro_f1),
+            "tuning_mean_iou": list(self.tuned_mean_iou),
             "n_evaluations": self.n_evaluations,
             "cut_short_by_time": self.is_cut_short,
             "judged_on": self.before.note,
@@ -172,17 +187,18 @@ def tune_crf(
     """
     rng = np.random.default_rng(seed)
     to_tune, to_judge = split_cells(tiles, rng)
-    to_tune, to_judge = draw_tiles(to_tune, N_TUNING_TILES, rng), draw_tiles(to_judge, N_JUDGING_TILES, rng)
+    to_tune = draw_tiles(to_tune, inputs, TUNING_VOXELS, MOST_TUNING_TILES, rng)
+    to_judge = draw_tiles(to_judge, inputs, JUDGING_VOXELS, MOST_JUDGING_TILES, rng)
     space = SearchSpace(
-        inputs.image.voxel_size_nm,
+        inputs.voxel_size_nm,
         inputs.label_set,
         n_iterations,
-        measure_intensity_window(inputs.image),
+        inputs.n_channels,
+        measure_intensity_windows(inputs.images),
         sum_contacts(inputs, to_tune),
     )
-    halo = make_refiner(space.widest(), inputs).halo
     with ThreadPoolExecutor(n_workers, thread_name_prefix="tune") as pool:
-        loaded = list(pool.map(lambda tile: load_tile(inputs, tile, halo), to_tune))
+        loaded = list(pool.map(lambda tile: load_tile(inputs, tile), to_tune))
         search = _Search(space, inputs, loaded, pool, seconds, seed)
         for _ in progress("tune CRF", search.evaluations(), search.n_planned, "trial"):
             pass
@@ -195,20 +211,10 @@ def tune_crf(
     return _conclude(search, before, after, unseen, inputs, seed)
 
 
-def make_refiner(parameters: CrfParameters, inputs: TuningInputs) -> CrfRefiner:
-    """The step that tiles are refined with."""
-    return CrfRefiner(
-        parameters.make_crf(),
-        inputs.label_set.n_classes,
-        inputs.image.voxel_size_nm,
-        TUNING_TOLERANCE,
-        parameters.intensity_window,
-    )
-
-
 def _refine(tile: LoadedTile, parameters: CrfParameters, inputs: TuningInputs) -> np.ndarray:
-    refiner = make_refiner(parameters, inputs)
-    return refiner(*tile.with_halo(refiner.halo))
+    """Refined probabilities of a tile's core."""
+    refiner = make_refiner(parameters, inputs.label_set.n_classes, inputs.voxel_size_nm, n_channels=inputs.n_channels)
+    return refiner.refine(tile.arrays, tile.core)
 
 
 @dataclass(frozen=True)
@@ -224,9 +230,9 @@ class _Judged:
 
 def _judge_tile(inputs: TuningInputs, tile: Tile, parameters: CrfParameters) -> tuple[_Judged, _Judged]:
     """Before and after."""
-    loaded = load_tile(inputs, tile, make_refiner(parameters, inputs).halo)
+    loaded = load_tile(inputs, tile)
     refined = quantise(_refine(loaded, parameters, inputs))
-    size, n_classes = inputs.image.voxel_size_nm, inputs.label_set.n_classes
+    size, n_classes = inputs.voxel_size_nm, inputs.label_set.n_classes
 
     def judge(probabilities: np.ndarray) -> _Judged:
         tables = score_block(loaded.classes, np.ascontiguousarray(probabilities), None, n_classes)
@@ -247,11 +253,11 @@ def _conclude(
 ) -> CrfTuning:
     gain = bootstrap_gain(before.cells.cells, after.cells.cells, np.random.default_rng(seed))
     f1, iou = gain["macro_f1"], gain["mean_iou"]
-    is_significant = f1.low > 0 and iou.value >= 0
-    found = f"macro F1 {f1.value:+.4f} [{f1.low:+.4f}, {f1.high:+.4f}], mean IoU {iou.value:+.4f}"
+    is_significant = iou.low > 0 and f1.value >= 0
+    found = f"mean IoU {iou.value:+.4f} [{iou.low:+.4f}, {iou.high:+.4f}], macro F1 {f1.value:+.4f}"
     verdict = "the gain is significant" if is_significant else "no CRF: the gain is not significant"
     note = f"{len(before.cells.cells)} cells that were not tuned on"
-    n_classes, speck_nm3 = inputs.label_set.n_classes, choose_speck_volume(inputs.image.voxel_size_nm)
+    n_classes, speck_nm3 = inputs.label_set.n_classes, choose_speck_volume(inputs.voxel_size_nm)
     return CrfTuning(
         replace(search.best, enabled=bool(is_significant)),
         f"{verdict} on {note}: {found}",
@@ -292,49 +298,58 @@ def contact_penalties(contacts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Parameters as a point of the unit cube, and factors of the penalties between pairs of classes."""
+    """Parameters as a point of the unit cube, and factors of the penalties of classes and pairs of classes."""
 
     voxel_size_nm: VoxelSize
     label_set: LabelSet
     n_iterations: int
-    intensity_window: tuple[float, float] | None
+    n_channels: int
+    intensity_windows: tuple[Window, ...] | None
     contacts: np.ndarray
 
     @property
     def n_dimensions(self) -> int:
-        """Two widths in space, one in intensity, two weights, and the share of the contacts."""
+        """Two widths in space, one in intensity, two weights, smoothing, and the share of the contacts."""
         return len(BOUNDS) + 1
 
     @property
+    def bounds(self) -> list[tuple[float, float]]:
+        """Of all but the share, which runs from 0 to 1."""
+        narrowest = NARROWEST_INTENSITY[self.n_channels]
+        return list({**BOUNDS, "intensity_sigma": (narrowest, BOUNDS["intensity_sigma"][1])}.values())
+
+    @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The pairs of classes that touch most, at most ten; a single pair is no different from the weights."""
+        """The pairs of classes that touch most; a single pair is no different from the weights."""
         a, b = np.triu_indices(self.label_set.n_classes, 1)
         if len(a) < 2:
             return []
         order = np.argsort(-self.contacts[a, b], kind="stable")[:MOST_PAIRS]
         return [(int(a[i]), int(b[i])) for i in order]
 
-    def widest(self) -> CrfParameters:
-        """The parameters of the largest halo."""
-        return self.parameters(np.array([1.0, 1, 1, 1, 1, 0]))
+    @property
+    def n_factors(self) -> int:
+        """One per class, then one per pair."""
+        return self.label_set.n_classes + len(self.pairs)
 
     def locate(self, values: Sequence[float]) -> np.ndarray:
-        """The point of widths in voxels, weights and share."""
-        scaled = [np.log(v / low) / np.log(high / low) for v, (low, high) in zip(values, BOUNDS.values(), strict=False)]
-        return np.array([*scaled, values[-1]])
+        """The point of widths in voxels, weights, smoothing and share."""
+        scaled = [np.log(v / low) / np.log(high / low) for v, (low, high) in zip(values, self.bounds, strict=False)]
+        return np.clip([*scaled, values[-1]], 0, 1)
 
     def parameters(self, point: np.ndarray, log_factors: Sequence[float] = ()) -> CrfParameters:
-        """The parameters of a point; factors multiply the penalties of the first of :attr:`pairs`."""
+        """The parameters of a point; factors multiply the penalties of classes, then of :attr:`pairs`."""
         values = [
-            low * (high / low) ** float(u)
-            for u, (low, high) in zip(np.clip(point, 0, 1), BOUNDS.values(), strict=False)
+            low * (high / low) ** float(u) for u, (low, high) in zip(np.clip(point, 0, 1), self.bounds, strict=False)
         ]
         finest = min(self.voxel_size_nm)
         share = float(np.clip(point[-1], 0, 1))
         n_classes = self.label_set.n_classes
         shape = (1 - share) * (1 - np.eye(n_classes)) + share * contact_penalties(self.contacts)
-        for (a, b), log_factor in zip(self.pairs, log_factors, strict=False):
-            shape[a, b] = shape[b, a] = shape[a, b] * np.exp(log_factor)
+        factors = np.exp(log_factors) if len(log_factors) else np.ones(self.n_factors)
+        for (a, b), factor in zip(self.pairs, factors[n_classes:], strict=True):
+            shape[a, b] = shape[b, a] = shape[a, b] * factor
+        shape *= factors[:n_classes, None]
         return CrfParameters(
             bilateral_sigma_nm=(_round(values[0] * finest),),
             intensity_sigma=_round(values[1]),
@@ -342,7 +357,8 @@ class SearchSpace:
             bilateral_weight=_as_weight(values[3] * shape),
             spatial_weight=_as_weight(values[4] * shape),
             n_iterations=self.n_iterations,
-            intensity_window=self.intensity_window,
+            image_sigma_nm=_round(values[5] * finest) if values[5] >= LEAST_IMAGE_SIGMA else 0.0,
+            intensity_windows=self.intensity_windows,
             classes=self.label_set.names,
         )
 
@@ -376,14 +392,14 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.best = self.space.parameters(self.space.locate(HAND_PICKED[-1]))
-        self.score_before = self._macro_f1(lambda tile: tile.stored_core)
+        self.score_before = self._mean_iou(lambda tile: tile.stored_core)
         self._deadline = time.monotonic() + self.seconds
         self._is_stopped = threading.Event()
 
     @property
     def n_planned(self) -> int:
         """Evaluations if time allows."""
-        return N_START_POINTS + N_SIMPLEX + (N_PAIRS if self.space.pairs else 0)
+        return N_START_POINTS + N_SIMPLEX + N_FACTORS
 
     def evaluations(self) -> Iterator[float]:
         """Run the search and yield the objective of every trial.
@@ -436,16 +452,26 @@ class _Search:
             bounds=[(0, 1)] * space.n_dimensions,
             options={"maxfev": N_SIMPLEX, "initial_simplex": _simplex(start), "xatol": 0.02, "fatol": 1e-5},
         )
-        if not space.pairs:
-            return
         best = max(scored, key=lambda item: item[0])[1]
-        minimize(
-            lambda log_factors: try_point(best, log_factors),
-            np.zeros(len(space.pairs)),
-            method="Powell",
-            bounds=[(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR)] * len(space.pairs),
-            options={"maxfev": N_PAIRS, "xtol": 0.1, "ftol": 1e-4},
-        )
+        self._fit_factors(lambda log_factors: -try_point(best, log_factors))
+
+    def _fit_factors(self, score: Callable[[np.ndarray], float]) -> None:
+        """Move one factor at a time up or down while that helps, then by half as much."""
+        log_factors, best, step = np.zeros(self.space.n_factors), self.best_score, FIRST_STEP
+        n_left = N_FACTORS
+        while step >= LEAST_STEP:
+            is_better = False
+            for i, sign in product(range(len(log_factors)), (-1, 1)):
+                moved = log_factors.copy()
+                moved[i] += sign * step
+                if n_left == 0:
+                    return
+                n_left -= 1
+                found = score(moved)
+                if found > best:
+                    log_factors, best, is_better = moved, found, True
+            if not is_better:
+                step /= 2
 
     def _evaluate(self, parameters: CrfParameters) -> float:
         if self._is_stopped.is_set() or self.best_score >= 1 or self.score_before >= 1:
@@ -453,19 +479,19 @@ class _Search:
         if time.monotonic() > self._deadline and self.n_evaluations:
             self.is_cut_short = True
             raise _SearchOver
-        score = self._macro_f1(lambda tile: _refine(tile, parameters, self.inputs))
+        score = self._mean_iou(lambda tile: _refine(tile, parameters, self.inputs))
         self.n_evaluations += 1
         if score > self.best_score:
             self.best, self.best_score = parameters, score
         return score
 
-    def _macro_f1(self, predict: Callable[[LoadedTile], np.ndarray]) -> float:
+    def _mean_iou(self, predict: Callable[[LoadedTile], np.ndarray]) -> float:
         n_classes = self.space.label_set.n_classes
 
         def count(tile: LoadedTile) -> ScoreTables:
             return score_block(tile.classes, None, predict(tile).argmax(axis=0), n_classes)
 
-        return score_tables(sum(self.pool.map(count, self.tiles), ScoreTables.zeros(n_classes))).macro_f1
+        return score_tables(sum(self.pool.map(count, self.tiles), ScoreTables.zeros(n_classes))).mean_iou
 
 
 def _latin_hypercube(n_points: int, n_dimensions: int, seed: int) -> np.ndarray:

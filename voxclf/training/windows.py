@@ -202,7 +202,7 @@ class WindowReader:
         around = add(margin, halo)
         labels = np.pad(target, [(m, m) for m in around], constant_values=UNLABELLED_INDEX)
         image, labels = augment(grey[None], labels, rng)
-        inner = Region(halo, subtract(labels.shape, halo))  # type: ignore[arg-type]
+        inner = Region(halo, subtract(labels.shape, halo))
         return self.inputs.compute(np.asarray(image)[0] * std + mean), np.asarray(labels)[inner.slices]
 
 
@@ -431,58 +431,51 @@ class ScoredWindow(NamedTuple):
 def list_scored_windows(index: LabelIndex, forms: Sequence[WindowForm], limit: int, seed: int) -> list[ScoredWindow]:
     """List windows in which labelled voxels are scored, each voxel in at most one of them.
 
-    Every box gives its even share of ``limit`` labelled voxels, so the windows sample all of the labels; their order
-    is random, so that any first part of the list does so too.
+    Where there are more than ``limit`` labelled voxels, windows are drawn evenly from all of them; at least one is
+    listed. Their order is random, so that any first part of the list samples the labels too.
     """
-    total = int(index.totals.sum())
-    rng = np.random.default_rng([seed, total])
-    share = min(1.0, limit / max(1, total))
-    is_voxelwise = all(form.target == (1, 1, 1) for form in forms)
-    windows: list[ScoredWindow] = []
-    for number in range(len(index.survey.boxes)):
-        found = _voxels_of(index, number, share, rng) if is_voxelwise else _parts_of(index, number, forms, share, rng)
-        windows.extend(found)
-    return [windows[i] for i in rng.permutation(len(windows))]
+    rng = np.random.default_rng(seed)
+    boxes = range(len(index.survey.boxes))
+    if all(form.target == (1, 1, 1) for form in forms):
+        share = min(1.0, limit / max(1, int(index.totals.sum())))
+        windows = [window for number in boxes for window in _voxels_of(index, number, share, rng)]
+    else:
+        windows = [window for number in boxes for window in _parts_of(index, number, forms)]
+    kept: list[ScoredWindow] = []
+    n_labelled = 0
+    for i in rng.permutation(len(windows)):
+        if n_labelled >= limit:
+            break
+        kept.append(windows[i])
+        n_labelled += windows[i].n_labelled
+    return kept
 
 
 def _voxels_of(index: LabelIndex, number: int, share: float, rng: np.random.Generator) -> Iterator[ScoredWindow]:
+    """One window for each voxel drawn from a box."""
     box = index.box(number)
     n = len(box.positions)
-    # The fraction of a voxel left over is a voxel in as many boxes of hundred.
-    wanted = min(n, int(share * n + rng.random()))
-    for flat in box.positions[np.sort(rng.choice(n, wanted, replace=False))]:
+    # A box too small for its share to be a voxel gives at least one; the limit is kept afterwards.
+    for flat in rng.choice(box.positions, min(n, math.ceil(share * n)), replace=False):
         local = _zyx(int(i) for i in np.unravel_index(int(flat), box.region.shape))
         voxel = add(box.region.start, local)
         yield ScoredWindow(0, voxel, number, Region(voxel, add(voxel, (1, 1, 1))), 1)
 
 
-def _parts_of(
-    index: LabelIndex, number: int, forms: Sequence[WindowForm], share: float, rng: np.random.Generator
-) -> list[ScoredWindow]:
+def _parts_of(index: LabelIndex, number: int, forms: Sequence[WindowForm]) -> Iterator[ScoredWindow]:
+    """Windows that cover a box, each voxel under the form that suits it best."""
     box = index.box(number)
     labelled = np.zeros(math.prod(box.region.shape), bool)
     labelled[box.positions] = True
     labelled = labelled.reshape(box.region.shape)
     best = box.best_form(forms)
-    parts: list[ScoredWindow] = []
     for i, form in enumerate(forms):
         mine = labelled & (best == i)
-        for part in _tiles(box.region, form.target):
+        for part in _tiles(box.region, form.target) if mine.any() else ():
             local = Region(subtract(part.start, box.region.start), subtract(part.stop, box.region.start))
             n = int(np.count_nonzero(mine[local.slices]))
             if n:
-                parts.append(ScoredWindow(i, part.start, number, part, n))
-    if share >= 1:
-        return parts
-    wanted = share * sum(part.n_labelled for part in parts)
-    kept: list[ScoredWindow] = []
-    for i in rng.permutation(len(parts)):
-        # A part is taken with the probability that the labels still wanted give it.
-        if wanted < parts[i].n_labelled * rng.random():
-            break
-        kept.append(parts[i])
-        wanted -= parts[i].n_labelled
-    return kept
+                yield ScoredWindow(i, part.start, number, part, n)
 
 
 def _tiles(region: Region, shape: Zyx) -> Iterator[Region]:

@@ -3,6 +3,7 @@
 import re
 import time
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def short_search(monkeypatch):
     for name, value in {
         "N_START_POINTS": 4,
         "N_SIMPLEX": 4,
-        "N_PAIRS": 3,
-        "N_TUNING_TILES": 4,
-        "N_JUDGING_TILES": 8,
+        "N_FACTORS": 3,
+        "MOST_TUNING_TILES": 4,
+        "MOST_JUDGING_TILES": 8,
     }.items():
         monkeypatch.setattr(tuning, name, value)
 
@@ -74,13 +75,27 @@ def cells_case():
     return draw_cells(SHAPE, seed=5)
 
 
+@pytest.fixture
+def open_inputs(save_case, cells_case, tmp_path):
+    """Write the case and open it as tiles are read from it."""
+    image, truth = cells_case
+    save_case(image, noisy_probabilities(truth), truth)
+
+    def open_all():
+        labels = open_volume(tmp_path / "labels.zarr", kind="labels")
+        images = (open_volume(tmp_path / "image.zarr"),)
+        return TuningInputs(images, open_volume(tmp_path / "probabilities.zarr"), labels, THREE)
+
+    return open_all
+
+
 def test_a_crf_that_must_help_is_found_and_kept(save_case, cells_case, tmp_path):
     image, truth = cells_case
     result = save_case(image, noisy_probabilities(truth), truth)()
     assert result.parameters.enabled
-    assert result.gain["macro_f1"].low > 0.05
+    assert result.gain["mean_iou"].low > 0.05
     assert result.after.scores.macro_f1 > result.before.scores.macro_f1 + 0.05
-    assert result.tuned_macro_f1[1] > result.tuned_macro_f1[0]
+    assert result.tuned_mean_iou[1] > result.tuned_mean_iou[0]
     assert CrfParameters.load(tmp_path / "crf.toml") == result.parameters
     values = tomllib.loads((tmp_path / "crf.toml").read_text(encoding="utf-8"))
     assert values["enabled"] is True
@@ -166,24 +181,24 @@ def test_cells_are_never_shared_and_the_rare_class_is_on_both_sides():
         assert {t.cell for t in part} & {2, 7}
 
 
-def test_every_cell_is_drawn_from_before_any_twice():
+def test_every_cell_is_drawn_from_before_any_twice(open_inputs):
     tiles = [tile(cell, 1) for cell in range(5) for _ in range(4)]
-    drawn = draw_tiles(tiles, 7, np.random.default_rng(0))
+    drawn = draw_tiles(tiles, open_inputs(), 10**9, 7, np.random.default_rng(0))
     assert len(drawn) == 7
     assert {t.cell for t in drawn[:5]} == set(range(5))
+    assert len(draw_tiles(tiles, open_inputs(), 1, 7, np.random.default_rng(0))) == 4
 
 
-def test_a_tile_can_be_read_with_a_large_halo_and_used_with_a_small_one(save_case, cells_case, tmp_path):
+def test_a_tile_is_read_with_what_is_around_it_but_nothing_outside_the_volume(open_inputs, cells_case):
     image, truth = cells_case
-    save_case(image, noisy_probabilities(truth), truth)
-    volumes = [open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr")]
-    inputs = TuningInputs(*volumes, open_volume(tmp_path / "labels.zarr", kind="labels"), THREE)
-    core = Region((8, 16, 16), (16, 32, 32))
-    loaded = load_tile(inputs, Tile(core, 0, np.ones(3)), (6, 20, 20))
+    core = Region((12, 10, 20), (16, 20, 32))
+    loaded = load_tile(open_inputs(), Tile(core, 0, np.ones(3)))
     np.testing.assert_array_equal(loaded.classes, truth[core.slices] - 1)
-    grey, stored = loaded.with_halo((2, 4, 4))
-    np.testing.assert_array_equal(grey[0], image[6:18, 12:36, 12:36])
-    np.testing.assert_array_equal(stored[:, 2:-2, 4:-4, 4:-4], loaded.stored_core)
+    # 16 voxels of 10 nm along y and x, 8 of 20 nm along z.
+    grey, stored = loaded.arrays
+    np.testing.assert_array_equal(grey[0], image[4:24, 0:36, 4:48])
+    assert loaded.core == (slice(8, 12), slice(10, 20), slice(16, 28))
+    np.testing.assert_array_equal(stored[:, *loaded.core], loaded.stored_core)
 
 
 def test_penalties_spare_the_classes_that_touch():
@@ -198,17 +213,20 @@ def test_penalties_spare_the_classes_that_touch():
 
 def test_points_of_the_search_are_parameters_within_bounds():
     contacts = np.array([[9, 4, 1], [4, 9, 0], [1, 0, 9]])
-    space = tuning.SearchSpace(VOXEL_SIZE_NM, THREE, 10, None, contacts)
+    space = tuning.SearchSpace(VOXEL_SIZE_NM, THREE, 10, 1, None, contacts)
     for values in tuning.HAND_PICKED:
         parameters = space.parameters(space.locate(values))
         assert parameters.bilateral_sigma_nm[0] == pytest.approx(values[0] * 10)
         assert parameters.intensity_sigma == pytest.approx(values[1])
         parameters.make_crf()
+        assert parameters.image_sigma_nm == pytest.approx(values[5] * 10 if values[5] > 0.3 else 0)
     potts = space.parameters(space.locate(tuning.HAND_PICKED[1]))
-    assert potts.bilateral_weight == ((0, 3, 3), (3, 0, 3), (3, 3, 0))
+    assert potts.bilateral_weight == ((0, 2, 2), (2, 0, 2), (2, 2, 0))
     assert space.pairs == [(0, 1), (0, 2), (1, 2)]
-    changed = space.parameters(space.locate(tuning.HAND_PICKED[1]), [np.log(2)]).bilateral_weight
-    assert changed == ((0, 6, 3), (6, 0, 3), (3, 3, 0))
+    factors = np.log([1, 1, 0.5, 2, 1, 1])  # of the three classes, then of the three pairs
+    changed = space.parameters(space.locate(tuning.HAND_PICKED[1]), factors).bilateral_weight
+    assert changed == ((0, 4, 2), (4, 0, 2), (1, 1, 0))
+    assert space.bounds[1][0] < replace(space, n_channels=3).bounds[1][0]
     corners = tuning._simplex(np.array([0.1, 0.9, 0.5, 1, 0, 0.3]))
     assert corners.shape == (7, 6)
     assert corners.min() >= 0
@@ -270,10 +288,10 @@ def test_tiles_are_found_where_labels_are(save_case, cells_case, tmp_path):
     sparse[12] = truth[12]
     save_case(image, noisy_probabilities(truth), sparse)
     labels = open_volume(tmp_path / "labels.zarr", kind="labels")
-    volumes = [open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr")]
+    image, probabilities = (open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr"))
     survey = last(survey_labels(labels, 0)).total
     whole = Region((0, 0, 0), SHAPE)
-    tiles = find_tiles(TuningInputs(*volumes, labels, THREE), survey, whole, np.random.default_rng(0))
+    tiles = find_tiles(TuningInputs((image,), probabilities, labels, THREE), survey, whole, np.random.default_rng(0))
     assert sum(t.counts for t in tiles).tolist() == np.bincount(truth[12].ravel(), minlength=4)[1:].tolist()
     assert all(t.core.start[0] == 12 and t.core.shape[0] == 1 for t in tiles)
     assert len({t.cell for t in tiles}) == 3 * 3

@@ -1,0 +1,235 @@
+"""A segmenter in blocks is the segmenter on the whole volume, within the tolerance at which its reach was measured."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from features.bank import FilterBank
+from voxclf.engine.transfer import crop_to_core, read_block
+from voxclf.feature_stack import FeatureStack
+from voxclf.geometry import split_into_blocks
+from voxclf.models.devices import Inference
+from voxclf.models.network_inputs import NetworkInput
+from voxclf.models.registry import build
+from voxclf.models.segmenter_reach import LARGEST_MARGIN, Reach, measure_reach
+from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, choose_tile, make_segmenter_step
+from voxclf.training.losses import build_loss
+
+SHAPE = (23, 37, 41)
+SECTIONS = (30.0, 8.0, 8.0)
+TOLERANCE = 0.01
+INPUTS = NetworkInput((0.5,), (0.6,))
+
+
+def make_cells(shape, rng):
+    """Blobs whose class shows only in their middle: a network must look several voxels around itself."""
+    smooth = ndimage.gaussian_filter(rng.normal(size=shape), (2, 4, 4))
+    truth = (smooth > 0).astype(np.int64)
+    image = truth * (ndimage.gaussian_filter(rng.normal(size=shape), 3) > 0) + rng.normal(size=shape) * 0.3
+    return image.astype(np.float32), truth
+
+
+def train(network, rng, n_steps=30):
+    shape = (1 if network.alignment[0] == 1 else 32, 64, 64)
+    optimizer, loss = torch.optim.Adam(network.parameters(), lr=1e-2), build_loss("dice_bce", 2)
+    for _ in range(n_steps):
+        pairs = [make_cells(shape, rng) for _ in range(2)]
+        images = torch.from_numpy(np.stack([INPUTS.compute(image) for image, _ in pairs]))
+        optimizer.zero_grad()
+        loss(network(images), torch.from_numpy(np.stack([truth for _, truth in pairs]))).backward()
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return make_cells(SHAPE, np.random.default_rng(5))[0]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return train(build("unet3d", 2, width=0.15, voxel_size_nm=SECTIONS), np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def reach(network):
+    sample = INPUTS.compute(make_cells((32, 64, 64), np.random.default_rng(9))[0])
+    return measure_reach(network, sample, TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def step(network, reach):
+    return SegmenterStep(network, INPUTS, reach, (64, 64, 64))
+
+
+def predict(step, volume, core_shape):
+    """As the engine does, but in float32: quantised probabilities would hide what is measured here."""
+    out = np.full((2, *volume.shape), np.nan, np.float32)
+    for block in split_into_blocks(volume.shape, core_shape, step.halo, step.alignment):
+        out[(slice(None), *block.core.slices)] = crop_to_core(step(read_block(volume, block)), block)
+    return out
+
+
+def with_margin(step, margin):
+    return replace(step, reach=Reach(margin, TOLERANCE, 0.0))
+
+
+def test_blocks_equal_whole_within_the_tolerance(step, cells, save_volume):
+    volume = save_volume(cells, voxel_size_nm=SECTIONS)
+    whole = predict(step, volume, (64, 64, 64))
+    np.testing.assert_allclose(whole.sum(axis=0), 1, atol=1e-5)
+    assert 0.1 < (whole[0] > 0.5).mean() < 0.9
+    for core_shape in [(8, 16, 16), (2, 40, 8)]:
+        difference = np.abs(predict(step, volume, core_shape) - whole).max()
+        assert difference <= TOLERANCE
+
+
+def test_half_the_halo_shows(step, cells, save_volume):
+    volume = save_volume(cells, voxel_size_nm=SECTIONS)
+    whole = predict(step, volume, (64, 64, 64))
+    full = np.abs(predict(step, volume, (8, 16, 16)) - whole).max()
+    half = with_margin(step, tuple(m // 2 for m in step.margin))
+    assert max(half.margin) < max(step.margin)
+    difference = np.abs(predict(half, volume, (8, 16, 16)) - whole).max()
+    assert difference > TOLERANCE
+    assert difference > 3 * full
+
+
+def test_the_reach_is_whole_alignments_and_shorter_for_looser_tolerances(network, reach):
+    assert reach.error <= reach.tolerance == TOLERANCE
+    assert all(m % a == 0 for m, a in zip(reach.margin, network.alignment, strict=True))
+    assert 8 <= reach.margin[1] <= LARGEST_MARGIN
+    loose = measure_reach(network, None, 0.3)
+    assert all(a <= b for a, b in zip(loose.margin, measure_reach(network, None, 0.003).margin, strict=True))
+    assert Reach.from_dict(reach.to_dict()) == reach
+
+
+def test_a_pointwise_network_reaches_nowhere():
+    network = build("unet3d", 2, width=0.15).eval()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim == 5 and weight.shape[2] == 3:
+                centre = weight[:, :, 1, 1, 1].clone()
+                weight.zero_()
+                weight[:, :, 1, 1, 1] = centre
+            # What came from below is ignored; pooling and upsampling would look at neighbours.
+            if name.startswith("decoder") and weight.ndim == 5 and weight.shape[1] > weight.shape[0]:
+                weight[:, : weight.shape[1] - weight.shape[0]] = 0
+    assert measure_reach(network).margin == (0, 0, 0)
+
+
+def test_tiles_within_a_block_agree(step, cells):
+    image = np.pad(cells[:22, :32, :40], [(h, h) for h in step.halo], mode="symmetric")[None]
+    whole = replace(step, tile_shape=(24, 40, 40))(image)
+    for tile_shape in [(8, 16, 16), (24, 32, 8)]:
+        assert np.abs(replace(step, tile_shape=tile_shape)(image) - whole).max() <= TOLERANCE
+
+
+def test_probabilities_are_the_softmax_of_the_network(step, cells):
+    image = np.pad(cells[:16, :32, :32], [(h, h) for h in step.halo], mode="symmetric")
+    z, y, x = (slice(h, n - h) for h, n in zip(step.halo, image.shape, strict=True))
+    with torch.inference_mode():
+        expected = step.network(torch.from_numpy(INPUTS.compute(image))[None]).softmax(dim=1)[0, :, z, y, x]
+    np.testing.assert_allclose(step(image[None]), expected, atol=1e-5)
+
+
+def test_mirror_images_are_averaged(step, cells):
+    image = np.pad(cells[:16, :32, :32], [(h, h) for h in step.halo], mode="symmetric")[None]
+    mirrored = step(image[..., ::-1])[..., ::-1]
+    both = replace(step, flips=((), (2,)))(image)
+    np.testing.assert_allclose(both, (step(image) + mirrored) / 2, atol=1e-5)
+
+
+def test_filter_bank_channels_bring_their_own_halo(cells, save_volume):
+    stack = FeatureStack(FilterBank("edges", 3), SECTIONS)
+    n = stack.n_features
+    inputs = NetworkInput((0.5, *[0.0] * n), (0.6, *[1.0] * n), stack)
+    torch.manual_seed(0)
+    network = build("unet3d", 2, in_channels=1 + n, width=0.15, voxel_size_nm=SECTIONS).eval()
+    reach = measure_reach(network)
+    step = SegmenterStep(network, inputs, reach, (16, 32, 32))
+    assert all(h >= m + 1 and h % a == 0 for h, m, a in zip(step.halo, step.margin, step.alignment, strict=True))
+    volume = save_volume(cells, voxel_size_nm=SECTIONS)
+    whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (64, 64, 64))
+    assert np.abs(predict(step, volume, (8, 16, 24)) - whole).max() <= reach.tolerance
+
+
+@pytest.fixture(scope="module")
+def sections():
+    torch.manual_seed(0)
+    options = {"encoder": "plain", "width": 0.06, "voxel_size_nm": SECTIONS}
+    return train(build("unet2d", 2, **options), np.random.default_rng(0), 15)
+
+
+def test_sections_need_no_neighbours(sections, cells, save_volume):
+    reach = measure_reach(sections, INPUTS.compute(cells), TOLERANCE)
+    step = SegmenterStep(sections, INPUTS, reach, (64, 64, 64))
+    assert (step.halo[0], step.alignment[0]) == (0, 1)
+    assert step.halo[1] > 0
+    volume = save_volume(cells, voxel_size_nm=SECTIONS)
+    whole = predict(step, volume, (64, 64, 64))
+    np.testing.assert_allclose(predict(step, volume, (1, 64, 64)), whole, atol=1e-5)
+    assert np.abs(predict(step, volume, (23, 16, 16)) - whole).max() <= TOLERANCE
+
+
+def test_three_axes_are_averaged(sections, cells, save_volume):
+    options = {"encoder": "plain", "width": 0.06}
+    networks = [build("unet2d", 2, **options, voxel_size_nm=size) for size in [(9, 1, 1), (1, 9, 1), (1, 1, 9)]]
+    average = build("unet2d", 2, **options, three_axes=True).eval()
+    for network in (*networks, average):
+        network.load_state_dict(sections.state_dict())
+        network.eval()
+    crop = torch.from_numpy(INPUTS.compute(cells[:16, :32, :32]))[None]
+    with torch.inference_mode():
+        expected = sum(network(crop).softmax(dim=1) for network in networks) / 3
+        torch.testing.assert_close(average(crop).softmax(dim=1), expected)
+    reach = measure_reach(average, INPUTS.compute(cells), TOLERANCE)
+    step = SegmenterStep(average, INPUTS, reach, (32, 48, 48))
+    assert min(step.halo) > 0
+    volume = save_volume(cells, voxel_size_nm=(5, 5, 5))
+    whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (32, 48, 48))
+    assert np.abs(predict(step, volume, (16, 16, 32)) - whole).max() <= TOLERANCE
+
+
+def test_steps_are_made_from_models(network, reach, cells):
+    model = SimpleNamespace(
+        network=network, inputs=INPUTS, training={REACH_KEY: reach.to_dict()}, voxel_size_nm=SECTIONS, calibration=None
+    )
+    step = make_segmenter_step(model, "cpu", Inference(flips=True, n_callers=2))
+    assert step.reach == reach
+    assert len(step.flips) == 4
+    assert step.tile_shape == (128, 128, 128)
+    assert make_segmenter_step(replace_training(model)).reach.margin != (0, 0, 0)
+
+
+def replace_training(model):
+    return SimpleNamespace(**{**vars(model), "training": {}})
+
+
+def test_bfloat16_is_close(step, cells):
+    image = np.pad(cells[:8, :16, :16], [(h, h) for h in step.halo], mode="symmetric")[None]
+    difference = np.abs(replace(step, is_bf16=True)(image) - step(image))
+    assert 0 < difference.max() < 0.1
+
+
+def test_memory_decides_the_tile(network, reach):
+    small = choose_tile(network, INPUTS, reach, 300_000_000)
+    large = choose_tile(network, INPUTS, reach, 3_000_000_000)
+    assert max(small) < max(large)
+    step = SegmenterStep(network, INPUTS, reach, small)
+    assert step.tile_bytes(small) <= 300_000_000 < step.tile_bytes(large)
+    assert step.working_bytes(large) > step.working_bytes(small)
+    with pytest.raises(ValueError, match="too little even for one of"):
+        choose_tile(network, INPUTS, reach, 1_000_000)
+
+
+def test_bad_arguments_are_refused(network):
+    with pytest.raises(ValueError, match="a change of probability"):
+        measure_reach(network, tolerance=0.0)
+    with pytest.raises(ValueError, match="with C = 1"):
+        measure_reach(network, np.zeros((2, 8, 8, 8), np.float32))

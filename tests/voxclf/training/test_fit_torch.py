@@ -1,0 +1,371 @@
+"""The training loop: the right gradient, nothing learned from what is unlabelled or held out, and resumption."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from voxclf.config import FitConfig
+from voxclf.labels import LabelSet
+from voxclf.metrics.voxelwise import score_tables
+from voxclf.models.network_inputs import NetworkInput
+from voxclf.models.patch_cnn import PatchNetwork, Shape
+from voxclf.models.registry import NETWORKS, NetworkInfo, build
+from voxclf.progress import last, silent
+from voxclf.sampling import survey_labels
+from voxclf.training.fit_torch import Classification, plan_windows, train_network
+from voxclf.training.held_out import HeldOut
+from voxclf.training.loop import step_size_factor
+from voxclf.training.training_state import STATE_FILE, load_state
+from voxclf.training.windows import LabelIndex, WindowBatch, WindowReader, WindowSampler
+
+SHAPE = (26, 48, 50)
+NOTHING_HELD_OUT = HeldOut(0, -9, -9, 0, 0, 0, 0, 0)
+VOXEL_SIZE_NM = (10.0, 10.0, 10.0)
+
+
+def stripes(seed=0, shape=SHAPE):
+    """Two textures side by side in y, told apart by how fast they change, not by how bright they are."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    is_fine = (y // 8) % 2 == 1
+    image = np.where(is_fine, 40 * ((z + y + x) % 2), 40 * ((z // 3 + y // 3 + x // 3) % 2)) + 100
+    labels = np.where(is_fine, 2, 1).astype(np.uint8)
+    sparse = np.zeros_like(labels)
+    sparse[13], sparse[:, :, 20] = labels[13], labels[:, :, 20]
+    return (image + rng.normal(0, 4, shape)).astype(np.uint8), sparse, labels
+
+
+def tiny_network(patch=(6, 6, 6), n_classes=2, seed=0):
+    """Two convolutions with a pool between them: exact, and small enough to train in a second."""
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(
+        nn.Conv3d(1, 6, 3, bias=False), nn.BatchNorm3d(6), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(6, 8, 2), nn.ReLU()
+    )
+    return PatchNetwork("tiny", patch, 1, n_classes, backbone, Shape(8, (1, 1, 1)))
+
+
+TINY = NetworkInfo("tiny", "", "", "patch", True, 6)
+
+
+@dataclass
+class Job:
+    """Everything that train_network takes, on the striped volume."""
+
+    volume: object
+    labels: object
+    survey: object
+    label_set: LabelSet
+    inputs: NetworkInput
+
+    def options(self, **given):
+        chosen = {"steps": 60, "batch": 4, "window": 12, "learning_rate": 0.02, "augment": "none", **given}
+        return FitConfig(volume="v", labels="l", output="o", model="4conv", **chosen)
+
+    def train(self, folder, network=None, info=TINY, progress=silent, **given):
+        network = tiny_network() if network is None else network
+        return train_network(
+            network,
+            info,
+            self.inputs,
+            self.volume,
+            self.labels,
+            self.survey,
+            self.label_set,
+            self.options(**given),
+            folder,
+            1,
+            progress,
+        )
+
+    def task(self, network, info=TINY, **given):
+        """The task as train_network makes it, with nothing held out."""
+        options = self.options(**given)
+        index = LabelIndex(WindowReader(self.volume, self.labels, self.inputs, self.label_set), self.survey)
+        windows = plan_windows(network, info, options, self.volume)
+        sampler = WindowSampler(index, NOTHING_HELD_OUT, windows.drawn, options.batch, options.balance, options.seed)
+        return Classification(network, options, windows, sampler, index)
+
+
+@pytest.fixture
+def make_job(save_volume):
+    def make(image, labels):
+        volume = save_volume(image, voxel_size_nm=VOXEL_SIZE_NM)
+        label_volume = save_volume(labels, "labels.zarr", "labels", voxel_size_nm=VOXEL_SIZE_NM)
+        survey = last(survey_labels(label_volume, 0)).total
+        return Job(volume, label_volume, survey, LabelSet.from_ids([1, 2]), NetworkInput.measure(volume))
+
+    return make
+
+
+@pytest.fixture
+def job(make_job):
+    image, sparse, _ = stripes()
+    return make_job(image, sparse)
+
+
+def macro_f1(tables, n_classes=2):
+    return score_tables(tables.total(n_classes)).macro_f1
+
+
+# --- the gradient ---
+
+
+def gradients(task, batch):
+    task.network.zero_grad()
+    loss = task.loss_of(batch)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in task.network.parameters()]
+
+
+def patches_of(batch, form, patch):
+    """The patches of a slab's labelled voxels, cut out one by one."""
+    images, targets = [], []
+    for image, target in zip(batch.images, batch.targets, strict=True):
+        for z, y, x in np.argwhere(target >= 0):
+            images.append(image[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]])
+            targets.append(target[z, y, x])
+    return WindowBatch(
+        np.stack(images), np.array(targets)[:, None, None, None], 0, np.zeros((len(images), 3), np.int64)
+    )
+
+
+def torch_batch(batch):
+    return batch._replace(images=torch.from_numpy(batch.images), targets=torch.from_numpy(batch.targets))
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal"])
+@pytest.mark.parametrize("axis", range(3))
+def test_slab_has_the_loss_and_gradient_of_its_patches(make_job, loss, axis):
+    """3layer, whose receptive field is its whole patch, so that every patch lies within the slab."""
+    image, _, labels = stripes()
+    sparse = np.zeros_like(labels)
+    plane = [slice(None)] * 3
+    plane[axis] = 12
+    sparse[tuple(plane)] = labels[tuple(plane)]
+    sparse[:, ::5] = 0  # gaps in the plane, too
+    job = make_job(image, sparse)
+    torch.manual_seed(1)
+    network = build("3layer", 2, width=0.25).double().eval()
+    slabs = job.task(network, NETWORKS["3layer"], loss=loss, window=6, batch=2, class_weights="equal")
+    patches = job.task(network, NETWORKS["3layer"], loss=loss, sampling="patches", class_weights="equal")
+    patches.loss = slabs.loss = slabs.loss.double()  # one set of class weights
+    batch = slabs.draw(0)
+    assert slabs.windows.drawn[batch.form].normal == axis
+    batch = batch._replace(images=batch.images.astype(np.float64))
+    single = patches_of(batch, slabs.windows.drawn[batch.form], network.patch)
+    slab_loss, slab_gradients = gradients(slabs, torch_batch(batch))
+    patch_loss, patch_gradients = gradients(patches, torch_batch(single))
+    assert slab_loss == pytest.approx(patch_loss, rel=1e-12)
+    for a, b in zip(slab_gradients, patch_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+def test_unlabelled_voxels_have_no_gradient(job):
+    network = tiny_network().eval()
+    task = job.task(network)
+    batch = torch_batch(task.draw(0))
+    logits = task.logits(batch).detach().requires_grad_()
+    targets = batch.targets.clone()
+    targets[:, :, ::2] = -1
+    task.loss(logits, targets).backward()
+    has_gradient = (logits.grad != 0).any(dim=1)
+    assert not has_gradient[targets < 0].any()
+    assert has_gradient[targets >= 0].any()
+
+
+# --- training ---
+
+
+def test_tiny_network_learns_a_texture(job, tmp_path):
+    result = job.train(tmp_path, steps=100)
+    assert macro_f1(result.validation) > 0.9
+    assert macro_f1(result.training) > 0.9
+    assert result.history[-1]["train_loss"] < 0.5 * result.history[0]["train_loss"]
+    assert result.split["is_gap_kept"]
+    assert result.n_labelled_seen == result.history[-1]["n_labelled_seen"] > 100 * 4 * 12
+    # Cells of the bootstrap hold each held-out label once.
+    assert result.validation.total(2).n_voxels == result.split["n_held_out"]
+
+
+def test_a_network_without_exact_slabs_learns_from_patches(job, tmp_path):
+    torch.manual_seed(0)
+    network = build("4res", 2, patch=8, width=0.25)
+    options = {"batch": 16, "steps": 40, "learning_rate": 0.01, "sampling": "slabs"}
+    result = job.train(tmp_path, network, NETWORKS["4res"], **options)
+    assert macro_f1(result.training) > 0.8
+    assert result.n_labelled_seen == 40 * 16
+
+
+class TwoHeads(nn.Module):
+    """A segmenter that hands over a boundary output while training."""
+
+    alignment = (1, 1, 1)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU()
+        )
+        self.classes, self.boundary = nn.Conv3d(6, 2, 1), nn.Conv3d(6, 1, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return (self.classes(x), self.boundary(x)) if self.training else self.classes(x)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dice"])
+def test_segmenter_learns_from_crops(job, tmp_path, loss):
+    info = NetworkInfo("two", "", "", "segmenter", False)
+    options = {"batch": 2, "window": 16, "steps": 60, "loss": loss, "learning_rate": 0.02}
+    result = job.train(tmp_path, TwoHeads(), info, **options)
+    assert macro_f1(result.validation) > 0.8
+
+
+def test_same_seed_gives_the_same_network(job, tmp_path):
+    a, b, c = (
+        job.train(tmp_path / name, steps=8, augment="patch", seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    for name, tensor in a.network.state_dict().items():
+        assert torch.equal(tensor, b.network.state_dict()[name])
+    assert not torch.equal(a.network.head.weight, c.network.head.weight)
+    assert without_time(a.history) == without_time(b.history)
+
+
+def without_time(history):
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
+
+
+@pytest.mark.parametrize("monitor", ["macro_f1", "loss"])
+def test_early_stopping_keeps_the_best_weights(job, tmp_path, monitor):
+    # Steps this large make good networks bad again.
+    options = {"steps": 150, "patience": 3, "learning_rate": 0.3, "optimizer": "sgd", "monitor": monitor}
+    result = job.train(tmp_path, **options)
+    values = [entry[f"validation_{monitor}"] for entry in result.history]
+    best = int(np.argmax(values) if monitor == "macro_f1" else np.argmin(values))
+    assert result.best_epoch == best + 1
+    assert len(values) == min(10, best + 1 + 3)
+    if monitor == "macro_f1":
+        # All held-out labels fit into what is monitored, so the final score is that of the best round.
+        assert macro_f1(result.validation) == pytest.approx(values[best], abs=1e-6)
+
+
+def test_time_is_kept(job, tmp_path):
+    result = job.train(tmp_path, steps=None, epochs=10_000, patience=10_000, time=3.0)
+    assert 2.0 < result.seconds < 6.0
+
+
+def test_progress_counts_labelled_voxels(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("voxclf.training.loop.SETTLING_S", 0.0)
+    counted = {}
+
+    def progress(stage, results, total, unit):
+        for item in results:
+            counted[stage] = counted.get(stage, 0) + getattr(item, "n_voxels", 1)
+            yield item
+        counted[stage, "total"] = total
+
+    result = job.train(tmp_path, progress=progress, steps=30)
+    assert counted["train"] == result.n_labelled_seen
+    assert counted["train", "total"] == pytest.approx(result.n_labelled_seen, rel=0.3)
+    assert counted["score held out"] == counted["score held out", "total"] == result.split["n_held_out"]
+
+
+def test_logs_are_written(job, tmp_path):
+    job.train(tmp_path, steps=10)
+    lines = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    assert "validation_macro_f1" in lines[0] and len(lines) == 11
+
+
+def test_exploding_loss_says_what_to_do(job, tmp_path):
+    with pytest.raises(ValueError, match="use a smaller one"):
+        job.train(tmp_path, steps=40, learning_rate=1e30, optimizer="sgd")
+
+
+def test_bf16_trains(job, tmp_path):
+    result = job.train(tmp_path, steps=30, precision="bf16")
+    assert all(np.isfinite(entry["train_loss"]) for entry in result.history)
+    assert next(result.network.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adagrad"])
+def test_resumed_equals_uninterrupted(job, tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr("voxclf.training.loop.SETTLING_S", 0.0)
+    options = {"steps": 30, "optimizer": optimizer, "augment": "patch", "schedule": "one_cycle"}
+    whole = job.train(tmp_path / "whole", **options)
+
+    def interrupt(stage, results, total, unit):
+        for number, item in enumerate(results):
+            if stage == "train" and number == 13:
+                raise KeyboardInterrupt
+            yield item
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(tmp_path / "parts", progress=interrupt, **options)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert (tmp_path / "parts" / STATE_FILE).exists()
+    parts = job.train(tmp_path / "parts", tiny_network(seed=99), **options)
+    assert without_time(parts.history) == without_time(whole.history)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, parts.network.state_dict()[name]), name
+
+
+def test_finished_training_is_not_repeated(job, tmp_path):
+    first = job.train(tmp_path, steps=10)
+    again = job.train(tmp_path, tiny_network(seed=5), steps=10)
+    assert again.history == first.history
+    assert torch.equal(again.network.head.weight, first.network.head.weight)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_fit_torch import Job, tiny_network
+from voxclf.labels import LabelSet
+from voxclf.models.network_inputs import NetworkInput
+from voxclf.progress import last
+from voxclf.sampling import survey_labels
+from voxclf.volume import open_volume
+volume, labels = open_volume({volume!r}), open_volume({labels!r}, kind="labels")
+job = Job(volume, labels, last(survey_labels(labels, 0)).total, LabelSet.from_ids([1, 2]), NetworkInput.measure(volume))
+job.train(Path({folder!r}), steps=20000, patience=1000, epochs=1000)
+"""
+
+
+def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
+    folder = tmp_path / "killed"
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), volume=job.volume.path, labels=job.labels.path, folder=str(folder)
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 100
+        while not (folder / STATE_FILE).exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    network = tiny_network(seed=7)
+    state = load_state(folder, network, None)
+    assert state.step == 100 * state.epoch == state.history[-1]["step"]
+    result = job.train(folder, network, steps=20000, patience=1000, epochs=state.epoch + 1)
+    assert [entry["epoch"] for entry in result.history] == list(range(1, state.epoch + 2))
+
+
+def test_step_size_follows_the_schedule():
+    assert step_size_factor("constant", 0.7) == 1.0
+    assert [step_size_factor("cosine", done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 1e-3])
+    assert [step_size_factor("one_cycle", done) for done in (0.0, 0.3, 1.0)] == pytest.approx([0.04, 1.0, 1e-3])
+    assert 0.04 < step_size_factor("one_cycle", 0.15) < 1.0

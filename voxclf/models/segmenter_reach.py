@@ -1,0 +1,172 @@
+"""How far a segmenter looks: the margin beyond which the volume changes no probability by more than a tolerance.
+
+A UNet's receptive field on paper is hundreds of voxels, most of which it hardly uses. What matters for seams is the
+error that a block makes for not seeing further, and that is measured: along each axis, the trained network is run on
+a long window and on the same window cut off at a margin on both sides; the largest change of a probability in the
+middle is the error of that margin. Both ends of the cut are the ones that a block has, so the padding of convolutions
+counts too. After Luo et al., "Understanding the effective receptive field", NeurIPS 2016, which uses gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxclf.engine.transfer import mirror_indices
+from voxclf.geometry import Zyx, round_up
+from voxclf.models.segmenter import Segmenter
+
+SEAM_TOLERANCE = 0.01
+"""Largest change of a probability at a seam: less than three of the 255 levels in which probabilities are stored."""
+LARGEST_MARGIN = 256
+"""Voxels. A network that looks further is cut off here, and what that costs is told."""
+N_WINDOWS = 4
+ACROSS = 32
+"""Extent of a window across the axis that is measured, at least; two alignments if those are more."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What was measured: the margin of a trained network, and the error that it leaves.
+
+    Parameters
+    ----------
+    margin : (z, y, x)
+        Voxels on each side, multiples of the network's alignment.
+    tolerance : float
+        What was asked for: largest change of a probability, all axes together.
+    error : float
+        What was measured at the margin, summed over the axes. Above the tolerance only if :data:`LARGEST_MARGIN` was
+        too little.
+    """
+
+    margin: Zyx
+    tolerance: float
+    error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return {"margin": list(self.margin), "tolerance": self.tolerance, "error": self.error}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Reach:
+        """Read back what :meth:`to_dict` gave."""
+        z, y, x = values["margin"]
+        return cls((z, y, x), values["tolerance"], values["error"])
+
+
+def measure_reach(
+    network: Segmenter,
+    sample: np.ndarray | None = None,
+    tolerance: float = SEAM_TOLERANCE,
+    rng: np.random.Generator | None = None,
+    device: str = "cpu",
+) -> Reach:
+    """Measure the margin that a trained segmenter needs for seams within a tolerance.
+
+    Parameters
+    ----------
+    network : Segmenter
+        Trained, in eval mode, on ``device``.
+    sample : ndarray of float32, shape (C, Z, Y, X), optional
+        A normalised piece of the volume, mirrored where windows are longer. Smooth noise by default, which is less
+        like what the network will see.
+    tolerance : float
+        Largest change of a probability. Each axis gets a third: at a block's corner three errors add.
+    rng : numpy.random.Generator, optional
+        Where the windows lie.
+    device : str
+        Where the network is.
+
+    Returns
+    -------
+    Reach
+        Its margin is the least multiple of the alignment (of 4 at least) whose error, and that of all larger ones
+        tried, is within the tolerance.
+
+    Raises
+    ------
+    ValueError
+        If the tolerance is not between 0 and 1, or the sample has other channels than the network.
+    """
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance was {tolerance}; it is a change of probability between 0 and 1: 0.01 is usual")
+    rng = rng or np.random.default_rng(0)
+    sample = _draw_noise(network, rng) if sample is None else sample
+    if sample.ndim != 4 or len(sample) != network.in_channels:
+        raise ValueError(
+            f"sample has shape {sample.shape}; {network.name} needs (C, Z, Y, X) with C = {network.in_channels}: give "
+            "the channels that it was trained on"
+        )
+    found = [_measure_axis(network, sample, axis, tolerance / 3, rng, device) for axis in range(3)]
+    z, y, x = (margin for margin, _ in found)
+    return Reach((z, y, x), tolerance, sum(error for _, error in found))
+
+
+def _measure_axis(
+    network: Segmenter, sample: np.ndarray, axis: int, tolerance: float, rng: np.random.Generator, device: str
+) -> tuple[int, float]:
+    """Margin along one axis and its error; windows are lengthened until the margin is at most half of theirs."""
+    step = round_up(4, network.alignment[axis])
+    longest = 4 * step
+    while True:
+        errors = _measure_errors(network, sample, axis, step, longest, rng, device)
+        is_within = [error <= tolerance for error in errors]
+        # The first margin from which on all are within; errors may bump where windows of the network end.
+        first = len(errors) - next((i for i, fine in enumerate(reversed(is_within)) if not fine), len(errors))
+        if first * step <= longest // 2:
+            return first * step, errors[first]
+        if longest >= LARGEST_MARGIN:
+            last = min(first, len(errors) - 1)
+            return last * step, errors[last]
+        longest *= 2
+
+
+def _measure_errors(
+    network: Segmenter, sample: np.ndarray, axis: int, step: int, longest: int, rng: np.random.Generator, device: str
+) -> list[float]:
+    """Largest change in the middle for margins 0, step, 2 step … below ``longest``, against ``longest``."""
+    core = round_up(8, network.alignment[axis])
+    largest = [0.0] * (longest // step)
+    for window in _draw_windows(network, sample, axis, core + 2 * longest, rng):
+        tensor = torch.from_numpy(window)[None].to(device)
+        reference = _probabilities_in_the_middle(network, tensor, axis, core)
+        for index in range(len(largest)):
+            cut = longest - index * step
+            short = tensor.narrow(axis + 2, cut, tensor.shape[axis + 2] - 2 * cut)
+            change = (_probabilities_in_the_middle(network, short, axis, core) - reference).abs().max()
+            largest[index] = max(largest[index], float(change))
+    return largest
+
+
+def _probabilities_in_the_middle(network: Segmenter, window: torch.Tensor, axis: int, core: int) -> torch.Tensor:
+    margin = (window.shape[axis + 2] - core) // 2
+    with torch.inference_mode():
+        logits = network(window)
+    assert isinstance(logits, torch.Tensor)
+    return logits.narrow(axis + 2, margin, core).float().softmax(dim=1)
+
+
+def _draw_windows(
+    network: Segmenter, sample: np.ndarray, axis: int, length: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Long windows (C, …) anywhere in the sample, mirrored beyond its edges as blocks are beyond the volume's."""
+    shape = [length if a == axis else max(round_up(ACROSS, n), 2 * n) for a, n in enumerate(network.alignment)]
+    for _ in range(N_WINDOWS):
+        window = sample
+        for a, (wanted, available) in enumerate(zip(shape, sample.shape[1:], strict=True)):
+            start = int(rng.integers(available))
+            window = window.take(mirror_indices(start, start + wanted, available), axis=a + 1)
+        yield window
+
+
+def _draw_noise(network: Segmenter, rng: np.random.Generator) -> np.ndarray:
+    """Noise with structure over a few voxels, of mean 0 and standard deviation 1."""
+    from scipy import ndimage
+
+    noise = ndimage.gaussian_filter(rng.normal(size=(network.in_channels, 48, 96, 96)), (0, 1.5, 1.5, 1.5))
+    return (noise / noise.std()).astype(np.float32)
