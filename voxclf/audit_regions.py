@@ -171,9 +171,7 @@ class ContradictionFold:
         edges = _edge_strength(plane_stack(image, self.axis)[0, 1])
         return tuple(self._describe(candidate, given, edges, block) for candidate in kept)
 
-    def _weigh(
-        self, stored: NDArray[Any], before: NDArray[np.int16], after: NDArray[np.int16]
-    ) -> NDArray[np.float32]:
+    def _weigh(self, stored: NDArray[Any], before: NDArray[np.int16], after: NDArray[np.int16]) -> NDArray[np.float32]:
         from scipy import ndimage
 
         smooth = ndimage.uniform_filter(dequantise(stored), (0, SMOOTHING, SMOOTHING))

@@ -149,8 +149,6 @@ def find_shifts(fits: Sequence[SliceFit]) -> list[SliceShift]:
         best = int(gains.argmax())
         if best != REACH and fit.t[best] >= LEAST_T and gains[best] >= least_gain:
             found.append(
-                SliceShift(
-                    fit.axis, fit.position, best - REACH, float(gains[best]), float(fit.t[best]), fit.n_voxels
-                )
+                SliceShift(fit.axis, fit.position, best - REACH, float(gains[best]), float(fit.t[best]), fit.n_voxels)
             )
     return found

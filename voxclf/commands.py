@@ -37,9 +37,9 @@ def _info(config: cfg.InfoConfig, progress: Progress) -> CommandResult:
 
 
 def _models(config: cfg.ModelsConfig, progress: Progress) -> CommandResult:
-    from voxclf.models.registry import NETWORKS, TREE_MODELS
+    from voxclf.models.registry import NETWORKS, TREE_MODELS, ModelInfo, NetworkInfo
 
-    models = [*TREE_MODELS.values(), *NETWORKS.values()]
+    models: list[ModelInfo | NetworkInfo] = [*TREE_MODELS.values(), *NETWORKS.values()]
     return CommandResult(
         [f"{info.name:<24}{info.description}" for info in models],
         {info.name: {"description": info.description, **info.defaults} for info in models},
@@ -94,10 +94,13 @@ def _export(config: cfg.ExportConfig, progress: Progress) -> CommandResult:
 
 def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
     from voxclf.predict import predict_volume
+    from voxclf.refine import find_kept_parameters, refine_prediction
     from voxclf.summary import format_certificate
 
     started = time.perf_counter()
+    find_kept_parameters(config.crf, Path(config.model), config.probabilities)  # what is wrong is told before the work
     result = predict_volume(config, progress)
+    refined = refine_prediction(config, Path(config.model), progress)
     cfg.save_config(config, result.folder / "config.toml")
     paths = [volume.path for volume in result.job.volumes]
     device = [] if result.device == "cpu" else [f"device       {result.device}: one block at a time; --workers ignored"]
@@ -110,9 +113,11 @@ def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
             f"blocks       {result.job.n_blocks}{resumed}",
             *certificate,
             *(f"written to   {path}" for path in paths),
+            *([f"refined to   {refined.folder}"] if refined else []),
         ],
         {
             "outputs": paths,
+            "refined": str(refined.folder) if refined else None,
             "device": result.device,
             "certificate": result.certificate,
             "n_blocks": result.job.n_blocks,
@@ -123,14 +128,19 @@ def _predict(config: cfg.PredictConfig, progress: Progress) -> CommandResult:
 
 
 def _evaluate(config: cfg.EvaluateConfig, progress: Progress) -> CommandResult:
+    from voxclf.before_after import change_tables, compare_with_parent, describe_change
     from voxclf.evaluate import evaluate
-    from voxclf.summary import describe_evaluation, report_evaluation
+    from voxclf.summary import describe_evaluation, report_evaluation, score_evaluation
 
     result = evaluate(config, progress)
     lines, values = describe_evaluation(result)
+    change = compare_with_parent(config, result, score_evaluation(result), progress)
+    if change is not None:
+        more_lines, more_values = describe_change(change)
+        lines, values = [*lines, *more_lines], {**values, "refined_from": more_values}
     if config.output:
         folder = Path(config.output)
-        report_evaluation(result, config, folder)
+        report_evaluation(result, config, folder, tables=change_tables(change) if change else ())
         cfg.save_config(config, folder / "config.toml")
         lines = [*lines, f"report       {folder / 'report.html'}"]
     return CommandResult(lines, values)
@@ -240,6 +250,35 @@ def _explore(config: cfg.ExploreConfig, progress: Progress) -> CommandResult:
     return CommandResult([*lines, f"page         {page}"], {"page": str(page), **values})
 
 
+def _audit(config: cfg.AuditConfig, progress: Progress) -> CommandResult:
+    from voxclf.audit import audit_labels
+    from voxclf.audit_page import describe_audit, write_audit
+
+    result = audit_labels(config, progress)
+    paths = write_audit(result, config)
+    cfg.save_config(config, Path(config.output) / "config.toml")
+    lines, values = describe_audit(result)
+    return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
+
+
+def _diff(config: cfg.DiffConfig, progress: Progress) -> CommandResult:
+    from voxclf.diff import compare_volumes
+    from voxclf.diff_page import describe_diff, write_diff
+
+    result = compare_volumes(config, progress)
+    paths = write_diff(result, config)
+    cfg.save_config(config, Path(config.output) / "config.toml")
+    lines, values = describe_diff(result)
+    return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
+
+
+def _view(config: cfg.ViewConfig, progress: Progress) -> CommandResult:
+    from voxclf.view import view
+
+    lines, values = view(config)
+    return CommandResult(lines, values)
+
+
 def _run(config: cfg.RunConfig, progress: Progress) -> CommandResult:
     from voxclf.workflow import run_all
 
@@ -282,6 +321,9 @@ _COMMANDS: dict[type[cfg.Config], Callable[[Any, Progress], CommandResult]] = {
     cfg.CrfTuneConfig: _crf_tune,
     cfg.CrfRefineConfig: _crf_refine,
     cfg.SuggestConfig: _suggest,
+    cfg.AuditConfig: _audit,
+    cfg.DiffConfig: _diff,
+    cfg.ViewConfig: _view,
     cfg.ExploreConfig: _explore,
     cfg.RunConfig: _run,
     cfg.ConvertConfig: _convert,

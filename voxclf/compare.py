@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from voxclf.compare_contestants import Contestant, parse_contestants
-from voxclf.compare_runs import RUNS, Ground, Run, run_contestant, run_folder
+from voxclf.compare_runs import RUNS, Ground, Run, run_contestant
 from voxclf.compare_scores import Difference, Standing, differences_to_best, rank, stage_gains
 from voxclf.compare_split import HeldOut, bounding_region, hold_out_slab, survey_all, survey_within
 from voxclf.config import CompareConfig, save_config
@@ -95,7 +95,7 @@ def compare_models(config: CompareConfig, progress: Progress = silent) -> Compar
     check_one_channel(volume)
     labels = open_labels(config.labels, volume.shape)
     for contestant in contestants:
-        contestant.fit_config(config, config.labels, config.classes, config.seed, run_folder(config, contestant, 0))
+        contestant.check(config)
     executor = make_executor(config.executor, config.workers)
     folder, job = Path(config.output), _describe_job(config, volume, labels)
     _check_folder(folder, job, config.overwrite)

@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxclf.config import CompareConfig, FitConfig, make_config
-from voxclf.models.registry import TREE_MODELS, check_model_name
+from voxclf.config import CompareConfig, FitConfig, PredictConfig, make_config
+from voxclf.config.base import AnyConfig
+from voxclf.fit import check_options
+from voxclf.geometry import Region
+from voxclf.models.devices import Inference, check_exactness, check_inference
+from voxclf.models.registry import NETWORKS, check_model_name
 
 AUTOCONTEXT, CRF = "autocontext", "crf"
 ROUNDS = 2
-SHARED = ("volume", "voxel_size", "bank", "sigmas", "dimensions", "samples", "balance", "folds", "unlabelled")
+SHARED = ("volume", "voxel_size", "unlabelled", "balance", "workers", "executor")
 """Settings of a comparison that every fit takes over as they are."""
+
+FOR_TREES = ("bank", "sigmas", "dimensions", "samples", "folds")
+FOR_NETWORKS = ("time", "device", "precision")
+FOR_PREDICTION = ("tta", "output_stride", "real_context")
+"""Options of a contestant that belong to ``voxclf predict``; all others are those of ``voxclf fit``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Contestant:
     model : str
         As ``voxclf models`` lists it.
     options : mapping of str to str
-        Settings of ``voxclf fit`` for this contestant only.
+        Settings of ``voxclf fit`` and ``voxclf predict`` for this contestant only.
     rounds : int
         1, or the rounds of autocontext.
     with_crf : bool
@@ -48,7 +57,7 @@ class Contestant:
     @property
     def is_network(self) -> bool:
         """Whether it trains until a time budget is spent; trees take what they take."""
-        return self.model not in TREE_MODELS
+        return self.model in NETWORKS
 
     @property
     def folder_name(self) -> str:
@@ -77,15 +86,52 @@ class Contestant:
         ValueError
             If an option is unknown or has a value that is not allowed.
         """
-        values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
-        values |= {name: getattr(config, name) for name in ("workers", "executor")}
-        if self.is_network:
-            values |= {"time": config.time, "device": config.device, "precision": config.precision}
+        shared = (*SHARED, *(FOR_NETWORKS if self.is_network else FOR_TREES))
+        values: dict[str, Any] = {name: getattr(config, name) for name in shared}
         if self.rounds > 1:
             values["autocontext"] = self.rounds
         values |= {"labels": labels, "classes": classes, "seed": seed, "output": str(output), "model": self.model}
+        own = {name: value for name, value in self.options.items() if name not in FOR_PREDICTION}
+        return self._make(FitConfig, {**values, **own, "overwrite": True})
+
+    def predict_config(self, config: CompareConfig, model: Path, region: Region, output: Path) -> PredictConfig:
+        """What ``voxclf predict`` is asked for.
+
+        Raises
+        ------
+        ValueError
+            If an option has a value that is not allowed.
+        """
+        shared = ("volume", "voxel_size", "memory", "workers", "executor", "device")
+        values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+        if self.is_network:
+            values["precision"] = config.precision
+        values |= {"model": str(model), "region": str(region), "output": str(output)}
+        own = {name: value for name, value in self.options.items() if name in (*FOR_PREDICTION, "precision")}
+        return self._make(PredictConfig, {**values, **own, "pyramid": False, "overwrite": True})
+
+    def check(self, config: CompareConfig) -> None:
+        """Refuse, before any work, what this model cannot be asked for.
+
+        Raises
+        ------
+        ValueError
+            Naming the contestant and the option.
+        """
+        folder = Path(config.output)
+        fit = self.fit_config(config, config.labels, config.classes, config.seed, folder)
+        predict = self.predict_config(config, folder, Region((0, 0, 0), (1, 1, 1)), folder)
+        inference = Inference.from_options(predict, predict.memory, predict.workers)
         try:
-            return make_config(FitConfig, {**values, **self.options, "overwrite": True})
+            check_options(fit)
+            check_inference(self.model, inference)
+            check_exactness(self.model, inference)
+        except ValueError as error:
+            raise ValueError(f"--models {self.name}: {error}") from None
+
+    def _make(self, kind: type[AnyConfig], values: dict[str, Any]) -> AnyConfig:
+        try:
+            return make_config(kind, values)
         except ValueError as error:
             raise ValueError(f"--models {self.name}: {error}") from None
 

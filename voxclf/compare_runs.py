@@ -23,7 +23,7 @@ import numpy as np
 from voxclf.compare_contestants import Contestant
 from voxclf.compare_cost import Cost, CostMeter
 from voxclf.compare_split import HeldOut
-from voxclf.config import CompareConfig, CrfRefineConfig, CrfTuneConfig, EvaluateConfig, PredictConfig, make_config
+from voxclf.config import CompareConfig, CrfRefineConfig, CrfTuneConfig, EvaluateConfig, make_config
 from voxclf.engine.ledger import write_atomically
 from voxclf.evaluate import evaluate
 from voxclf.fit import FitResult, fit_model
@@ -105,7 +105,7 @@ def run_contestant(ground: Ground, contestant: Contestant, seed: int, progress: 
         return _run_with_crf(ground, contestant, seed, progress)
     folder = run_folder(ground.config, contestant, seed)
     fitted = _once(folder / "fit.json", lambda: _fit(ground, contestant, ground.split, seed, folder, progress))
-    predicted = _once(folder / "predict.json", lambda: _predict(ground, ground.split, folder, progress))
+    predicted = _once(folder / "predict.json", lambda: _predict(ground, contestant, ground.split, folder, progress))
     return Run(
         contestant,
         seed,
@@ -135,7 +135,7 @@ def _run_with_crf(ground: Ground, contestant: Contestant, seed: int, progress: P
     folder = run_folder(ground.config, contestant, seed)
     trial = folder / "tuning"
     fitted = _once(trial / "fit.json", lambda: _fit(ground, contestant.without_crf, tuning, seed, trial, progress))
-    predicted = _once(trial / "predict.json", lambda: _predict(ground, tuning, trial, progress))
+    predicted = _once(trial / "predict.json", lambda: _predict(ground, contestant, tuning, trial, progress))
     tuned = _once(folder / "tune.json", lambda: _tune(ground, tuning, seed, folder, progress))
     fit = bare.fit + _fit_cost(fitted) + _cost(predicted) + _cost(tuned)
     if not tuned["enabled"]:
@@ -194,21 +194,11 @@ def count_parameters(result: FitResult) -> int:
     )
 
 
-def _predict(ground: Ground, split: HeldOut, folder: Path, progress: Progress) -> dict[str, Any]:
-    config = ground.config
-    values = {
-        "model": str(folder / "model"),
-        "volume": config.volume,
-        "voxel_size": config.voxel_size,
-        "output": str(folder / "prediction"),
-        "region": str(split.region),
-        "pyramid": False,
-        "device": config.device,
-        "precision": config.precision,
-        "overwrite": True,
-        **_blockwise(config),
-    }
-    result = predict_volume(make_config(PredictConfig, values), progress)
+def _predict(
+    ground: Ground, contestant: Contestant, split: HeldOut, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    config = contestant.predict_config(ground.config, folder / "model", split.region, folder / "prediction")
+    result = predict_volume(config, progress)
     return {"device": result.device, "warnings": list(result.warnings)}
 
 

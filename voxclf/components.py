@@ -18,9 +18,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from voxclf.geometry import Block, Zyx
+from voxclf.geometry import ORIGIN, Block, Zyx
 
-Corner = tuple[int, int, int]
+MEASURED = ("values", "sizes", "low", "high", "first")
 HALO: Zyx = (1, 1, 1)
 """What a block must read around its core; only the lower side is used."""
 
@@ -45,8 +45,8 @@ class BlockPieces:
         Piece numbers on the core's last layer along z, y, x.
     lower : three ndarrays of int
         Piece numbers in the layer before the core, the edges that lie before it along two or three axes included.
-    numbers : ndarray of int, shape of the core
-        Piece number of each voxel, 0 for background; dropped before blocks are handed on.
+    margin : (z, y, x)
+        1 along axes where the block read a layer before its core, 0 at the region's border.
     """
 
     start: Zyx
@@ -58,15 +58,20 @@ class BlockPieces:
     first: NDArray[np.int64]
     upper: tuple[NDArray[np.uint32], ...]
     lower: tuple[NDArray[np.uint32], ...]
+    margin: Zyx
 
 
-def label_block(values: NDArray[np.integer], block: Block) -> tuple[BlockPieces, NDArray[np.uint32]]:
+def label_block(
+    values: NDArray[np.integer], block: Block, origin: Zyx = ORIGIN
+) -> tuple[BlockPieces, NDArray[np.uint32]]:
     """Label the pieces of equal value in one block; 0 is background.
 
     Parameters
     ----------
     values : ndarray of unsigned int, shape (Z + 2, Y + 2, X + 2)
         As read with a halo of 1.
+    origin : (z, y, x)
+        Where the region begins; voxels before it are no neighbours.
 
     Returns
     -------
@@ -76,23 +81,20 @@ def label_block(values: NDArray[np.integer], block: Block) -> tuple[BlockPieces,
     """
     import cc3d
 
-    # Beyond the volume voxels are mirrored: they are no neighbours.
-    begin = tuple(0 if start > 0 else 1 for start in block.core.start)
-    seen = values[begin[0] : -1, begin[1] : -1, begin[2] : -1]
+    z, y, x = (int(start > first) for start, first in zip(block.core.start, origin, strict=True))
+    margin = (z, y, x)
+    seen = values[1 - z : -1, 1 - y : -1, 1 - x : -1]
     pieces = cc3d.connected_components(np.ascontiguousarray(seen), connectivity=26, out_dtype=np.uint32)
     n = int(pieces.max())
-    offset = tuple(1 - b for b in begin)
-    core = pieces[offset[0] :, offset[1] :, offset[2] :]
+    core = pieces[z:, y:, x:]
     upper = tuple(core.take(-1, axis=axis) for axis in range(3))
     empty = np.zeros((0, 0), np.uint32)
-    lower = tuple(pieces.take(0, axis=axis) if offset[axis] else empty for axis in range(3))
+    lower = tuple(pieces.take(0, axis=axis) if margin[axis] else empty for axis in range(3))
     value_of = np.zeros(n + 1, np.uint64)
     value_of[pieces.ravel()] = seen.ravel()
     sizes, low, high, first = _measure(core, n, np.array(block.core.start))
-    found = BlockPieces(
-        block.core.start, block.core.stop, value_of[1:], sizes, low, high, first, upper, lower
-    )
-    return found, core
+    start, stop = block.core.start, block.core.stop
+    return BlockPieces(start, stop, value_of[1:], sizes, low, high, first, upper, lower, margin), core
 
 
 def _measure(
@@ -116,60 +118,63 @@ def _measure(
 
 @dataclass
 class PieceForest:
-    """Pieces of the blocks seen so far, united where they meet.
+    """Pieces of the blocks of one grid, united where they meet.
 
-    Blocks may come in any order; the faces of those whose neighbours have not all come are kept, which in a scan along
-    z is about one layer of blocks.
+    Blocks come in the grid's order, z slowest; faces are kept of two layers of blocks across z.
     """
 
     parent: list[int] = field(default_factory=list)
-    _tables: list[BlockPieces] = field(default_factory=list)
-    _offsets: dict[Zyx, int] = field(default_factory=dict)
-    _blocks: dict[Zyx, BlockPieces] = field(default_factory=dict)
-    _by_stop: dict[tuple[int, int], None] = field(default_factory=dict)
+    _tables: list[tuple[NDArray, ...]] = field(default_factory=list)
+    _blocks: dict[Zyx, tuple[BlockPieces, int]] = field(default_factory=dict)
+    _start_before: tuple[dict[int, int], ...] = field(default_factory=lambda: ({}, {}, {}))
 
-    def add(self, pieces: BlockPieces, grid_position: Zyx) -> int:
+    def add(self, pieces: BlockPieces) -> int:
         """Take in a block; returns what to add to its piece numbers - 1 to get numbers in this forest."""
         offset = len(self.parent)
         self.parent.extend(range(offset, offset + len(pieces.values)))
-        self._tables.append(pieces)
-        self._offsets[grid_position] = offset
-        self._blocks[grid_position] = pieces
-        for step in product((0, -1), repeat=3):
-            if any(step):
-                below = (grid_position[0] + step[0], grid_position[1] + step[1], grid_position[2] + step[2])
-                self._meet(pieces, offset, below)
-        self._forget(grid_position)
+        self._tables.append(tuple(getattr(pieces, name) for name in MEASURED))
+        for is_before in product((False, True), repeat=3):
+            neighbour = self._neighbour(pieces.start, is_before) if any(is_before) else None
+            if neighbour is not None:
+                self._meet(pieces, offset, *neighbour)
+        self._forget_below(pieces.start[0])
+        self._blocks[pieces.start] = pieces, offset
+        for axis in range(3):
+            self._start_before[axis][pieces.stop[axis]] = pieces.start[axis]
         return offset
 
-    def _meet(self, pieces: BlockPieces, offset: int, below: Zyx) -> None:
+    def _neighbour(self, start: Zyx, is_before: tuple[bool, ...]) -> tuple[BlockPieces, int] | None:
+        """The block that lies before ``start`` along some axes, and beside it along the others."""
+        z, y, x = (
+            self._start_before[axis].get(first, -1) if before else first
+            for axis, (first, before) in enumerate(zip(start, is_before, strict=True))
+        )
+        return self._blocks.get((z, y, x))
+
+    def _forget_below(self, z: int) -> None:
+        """Drop the faces of blocks that no later block can meet."""
+        last_layer = self._start_before[0].get(z, z)
+        for start in [start for start in self._blocks if start[0] < last_layer]:
+            del self._blocks[start]
+
+    def _meet(self, pieces: BlockPieces, offset: int, other: BlockPieces, other_offset: int) -> None:
         """Unite with a block that lies before this one along some axes."""
-        other = self._blocks.get(below)
-        if other is None:
-            return
         axis = next(a for a in range(3) if other.stop[a] == pieces.start[a])
         mine, theirs = pieces.lower[axis], other.upper[axis]
         along = [a for a in range(3) if a != axis]
         mine_index, theirs_index = [], []
         for a in along:
-            has_margin = int(pieces.start[a] > 0)
             if other.stop[a] == pieces.start[a]:
                 mine_index.append(slice(0, 1))
                 theirs_index.append(slice(-1, None))
             else:
-                mine_index.append(slice(has_margin, None))
+                mine_index.append(slice(pieces.margin[a], None))
                 theirs_index.append(slice(None))
         a, b = mine[tuple(mine_index)].ravel(), theirs[tuple(theirs_index)].ravel()
         both = (a > 0) & (b > 0)
         pairs = np.unique(np.stack([a[both], b[both]]), axis=1)
         for i, j in pairs.T.tolist():
-            self._unite(offset + i - 1, self._offsets[below] + j - 1)
-
-    def _forget(self, position: Zyx) -> None:
-        """Drop the faces of blocks that no later block of a scan along z can meet."""
-        passed = [p for p in self._blocks if p[0] < position[0] - 1]
-        for p in passed:
-            del self._blocks[p], self._offsets[p]
+            self._unite(offset + i - 1, other_offset + j - 1)
 
     def _find(self, piece: int) -> int:
         parent = self.parent
@@ -185,11 +190,7 @@ class PieceForest:
     def roots(self) -> tuple[NDArray[np.int64], Pieces]:
         """Number the united pieces from 0: the number of every block's piece, and the pieces themselves."""
         found = np.array([self._find(i) for i in range(len(self.parent))], np.int64)
-        table = [
-            np.concatenate([getattr(block, name) for block in self._tables]) if self._tables else np.zeros(0)
-            for name in ("values", "sizes", "low", "high", "first")
-        ]
-        values, sizes, low, high, first = table
+        values, sizes, low, high, first = (np.concatenate(column) for column in zip(*self._tables, strict=True))
         total = np.bincount(found, weights=sizes, minlength=len(found)).astype(np.int64)
         # A piece of the layer before a block may touch nothing in it, and its owner counts it.
         kept = np.flatnonzero((found == np.arange(len(found))) & (total > 0))

@@ -408,8 +408,8 @@ def _slice_section(found: Exploration) -> Section:
     read = f"Measured in {found.sampled['slices'].describe()}."
     tables = []
     if slices.defects:
-        rows = [[_count(defect.z), defect.kind, defect.text] for defect in slices.defects]
-        tables = [ReportTable("Conspicuous slices", "In the order of z.", ["z", "kind", "what"], rows)]
+        rows = [[_count(d.z), _count(d.last), d.kind, d.text] for d in slices.defects]
+        tables = [ReportTable("Conspicuous slices", "In the order of z.", ["from z", "to", "kind", "what"], rows)]
     return Section("Do slices follow each other?", [read], [picture], tables)
 
 

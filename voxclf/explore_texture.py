@@ -269,9 +269,10 @@ def _even_starts(n: int, side: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class SliceDefect:
-    """A place along z where slices do not follow each other as they should."""
+    """Slices ``z`` to ``last`` that do not follow the others as they should."""
 
     z: int
+    last: int
     kind: str
     text: str
 
@@ -315,12 +316,10 @@ def describe_slices(sums: SliceSums) -> SliceOrder:
     variance = sums.products[0]
     blank = variance <= 1e-3 * np.median(variance[variance > 0]) if (variance > 0).any() else variance <= 0
     near, far = (_correlate(sums.products[lag], variance, blank, lag) for lag in (1, 2))
-    defects = [
-        SliceDefect(a, "blank", "blank" if a == b else f"blank up to {b}") for a, b in _runs(np.flatnonzero(blank))
-    ]
+    defects = [SliceDefect(a, b, "blank", "blank") for a, b in _runs(np.flatnonzero(blank))]
     if np.isfinite(near).sum() >= LEAST_SLICES:
         repeated = _find_repeated(near)
-        defects += [SliceDefect(z, "repeated", f"the same as {z - 1}") for z in repeated]
+        defects += [SliceDefect(z, z, "repeated", f"the same as {z - 1}") for z in repeated]
         defects += _find_disorder(near, far, set(repeated))
     return SliceOrder(near, far, tuple(sorted(defects, key=lambda defect: defect.z)))
 
@@ -368,7 +367,7 @@ def _find_disorder(near: NDArray[np.float64], far: NDArray[np.float64], repeated
     defects: list[SliceDefect] = []
     explained: set[int] = set()  # pairs (z, z + 1) whose poor fit has found its reason
     for z in _find_exchanged(near, far, LEAST_GAIN * 2 * loss):
-        defects.append(SliceDefect(z, "exchanged", f"exchanged with {z + 1}?"))
+        defects.append(SliceDefect(z, z + 1, "exchanged", f"exchanged with {z + 1}?"))
         explained.update((z - 1, z, z + 1))
     spread = 1.4826 * float(np.nanmedian(np.abs(near - usual)))
     limit = min(usual_far, usual - JUMP_SPREADS * spread)
@@ -376,10 +375,10 @@ def _find_disorder(near: NDArray[np.float64], far: NDArray[np.float64], repeated
     poor = {z for z in np.flatnonzero(near < limit).tolist() if z not in explained}
     for z in sorted(poor):
         if z + 1 in poor and far[z] > max(near[z], near[z + 1]) + LEAST_GAIN * loss:
-            defects.append(SliceDefect(z + 1, "foreign", "does not fit its neighbours"))
+            defects.append(SliceDefect(z + 1, z + 1, "foreign", "does not fit its neighbours"))
             explained.update((z, z + 1))
     defects += [
-        SliceDefect(z + 1, "jump", f"jump after {z}")
+        SliceDefect(z + 1, z + 1, "jump", f"jump after {z}")
         for z in sorted(poor - explained)
         if z + 1 not in repeated and z not in repeated
     ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from voxclf.explore import Exploration, LabelSummary
-from voxclf.explore_texture import SliceOrder
+from voxclf.explore_texture import SliceDefect, SliceOrder
 
 LEAST_CLASS_VOXELS = 100
 #: Tissue itself may look different along its axes; only a greater factor than this points at the voxel size.
@@ -65,11 +65,13 @@ def _about_slices(slices: SliceOrder) -> Iterator[str]:
     for kind, (meaning, advice) in _DEFECT_TEXTS.items():
         places = [defect for defect in slices.defects if defect.kind == kind]
         if places:
-            listed = ", ".join(
-                str(place.z) if kind != "blank" else f"{place.z} ({place.text})" for place in places[:MOST_LISTED]
-            )
+            listed = ", ".join(_spell_places(place) for place in places[:MOST_LISTED])
             more = f" and {len(places) - MOST_LISTED} more" if len(places) > MOST_LISTED else ""
             yield f"Slices along z that are {meaning}: {listed}{more}. {advice}"
+
+
+def _spell_places(defect: SliceDefect) -> str:
+    return f"{defect.z} to {defect.last}" if defect.kind == "blank" and defect.last > defect.z else str(defect.z)
 
 
 def _about_voxel_size(found: Exploration) -> Iterator[str]:

@@ -48,9 +48,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in texts)
 
 
-def render_findings(
-    title: str, texts: Sequence[str], tables: Sequence[ReportTable], cards: Iterable[Card]
-) -> str:
+def render_findings(title: str, texts: Sequence[str], tables: Sequence[ReportTable], cards: Iterable[Card]) -> str:
     """The page; it refers to nothing outside itself."""
     from jinja2 import Environment, StrictUndefined
 

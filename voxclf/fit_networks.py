@@ -15,9 +15,10 @@ from torch import nn
 from voxclf.config import BankOptions, NetworkFitOptions
 from voxclf.config.options import BankName
 from voxclf.engine.ledger import write_atomically
+from voxclf.engine.transfer import read_block
 from voxclf.feature_stack import FeatureStack
 from voxclf.fit_job import FitJob, Fitted, make_bank, training_folder
-from voxclf.geometry import VoxelSize, Zyx
+from voxclf.geometry import ORIGIN, UNIT, Region, VoxelSize, Zyx, add, make_block
 from voxclf.metrics.calibration import fit_calibration
 from voxclf.metrics.scored import ScoredLabels
 from voxclf.models.network_inputs import NetworkInput
@@ -30,6 +31,8 @@ from voxclf.volume import Volume
 
 HISTORY = "history.csv"
 JOB = "job.txt"
+REACH_SAMPLE = 96
+"""Side of the piece of the volume on which a segmenter's reach is measured, voxels."""
 ARCHITECTURE_OPTIONS = ("width", "encoder", "encoder_weights", "three_axes")
 
 
@@ -75,9 +78,27 @@ def fit_network(job: FitJob) -> Fitted:
             split=trained.split,
             seconds=round(trained.seconds, 3),
             best_epoch=trained.best_epoch,
+            **_measure_reach(job, trained.network, inputs),
         ),
     )
     return Fitted(model, scores, {HISTORY: format_history(trained.history)})
+
+
+def _measure_reach(job: FitJob, network: nn.Module, inputs: NetworkInput) -> dict[str, Any]:
+    """How far around a voxel a segmenter looks, measured on the volume: its halo. Patch networks know theirs."""
+    if NETWORKS[job.options.model].kind == "patch":
+        return {}
+    from voxclf.models.segmenter import Segmenter
+    from voxclf.models.segmenter_reach import measure_reach
+    from voxclf.models.segmenter_step import REACH_KEY
+
+    assert isinstance(network, Segmenter)
+    whole = Region(ORIGIN, job.volume.shape)
+    around = Region(job.example, add(job.example, UNIT)).grow((REACH_SAMPLE // 2,) * 3).intersect(whole)
+    sample = inputs.compute(read_block(job.volume, make_block(0, around, inputs.halo))[0])
+    reach = measure_reach(network, sample)
+    job.watch.lap("measure reach")
+    return {REACH_KEY: reach.to_dict()}
 
 
 def make_inputs(volume: Volume, input_bank: BankName | None, filters: BankOptions) -> NetworkInput:

@@ -154,6 +154,7 @@ def _plan_rounds(
                 "provenance": {
                     **description,
                     "model_name": model.name,
+                    "trained_on": _describe_training(model),
                     "device": device,
                     "versions": software_versions(),
                 },
@@ -163,6 +164,14 @@ def _plan_rounds(
             voxel_size_nm=volume.voxel_size_nm,
             check=SeamCertificate.of_step(step, volume, folder / LEDGER / CERTIFICATE),
         )
+
+
+def _describe_training(model: Model) -> dict[str, Any]:
+    """What tells the labels that a model was trained on from others; empty for models made elsewhere."""
+    labels = model.training.get("labels")
+    if not isinstance(labels, dict):
+        return {}
+    return {"fingerprint": labels["fingerprint"], "label_counts": model.training["label_counts"]}
 
 
 def check_volume(model: Model, volume: Volume) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from voxclf.config import CrfRefineConfig, CrfTuneConfig
+from voxclf.config import CrfRefineConfig, CrfTuneConfig, PredictConfig, RunConfig, make_config
 from voxclf.crf_inputs import CrfVolumes, open_crf_volumes
 from voxclf.engine.executors import Executor, SerialExecutor, ThreadExecutor, available_cores, make_executor
 from voxclf.engine.run import LEAST_CHUNK
@@ -37,6 +37,8 @@ from voxclf.volume import Volume, open_labels
 DEFAULT_WEIGHTS = {"bilateral_weight": 4.0, "spatial_weight": 2.0}
 DEFAULT_ITERATIONS = 10
 WIDTHS = ("bilateral_sigma_nm", "intensity_sigma", "spatial_sigma_nm")
+REFINED = "refined"
+"""Folder in that of a prediction where `predict` and `run` put the refined one."""
 BY_HAND = (*WIDTHS, *DEFAULT_WEIGHTS, "image_sigma_nm", "n_iterations")
 STRUCTURE_SIDE = 128
 """Side of the central box whose objects are counted: large enough for whole organelles, and counted in seconds."""
@@ -111,6 +113,50 @@ def refine_volume(config: CrfRefineConfig, progress: Progress = silent) -> Refin
     )
     structure = compare_structure(volumes, result.volumes[0], region)
     return replace(done, job=result, structure=structure)
+
+
+def find_kept_parameters(crf: str, model: Path, probabilities: str) -> Path | None:
+    """The parameter file that ``crf-tune`` kept in a model folder, if it is wanted and says that the CRF helps.
+
+    Raises
+    ------
+    ValueError
+        If there is one, but no probabilities are to be stored that could be refined.
+    """
+    path = model / FILE
+    if crf == "off" or not path.exists() or not CrfParameters.load(path).enabled:
+        return None
+    if probabilities == "none":
+        raise ValueError(
+            f"--probabilities was none, but {path} asks for the prediction to be refined, which needs them; store them "
+            "(uint8), or use --crf off"
+        )
+    return path
+
+
+def refine_prediction(config: PredictConfig | RunConfig, model: Path, progress: Progress = silent) -> Refinement | None:
+    """Refine what was just predicted into a folder ``refined`` in it, if the model has parameters that help."""
+    parameters = find_kept_parameters(config.crf, model, config.probabilities)
+    if parameters is None:
+        return None
+    values = {
+        "prediction": config.output,
+        "volume": config.volume,
+        "voxel_size": config.voxel_size,
+        "output": str(Path(config.output) / REFINED),
+        "parameters": str(parameters),
+        "probabilities": config.probabilities,
+        "region": config.region,
+        "pyramid": config.pyramid,
+        "device": config.device if config.device in ("auto", "cuda") else "cpu",
+        "workers": config.workers,
+        "executor": config.executor,
+        "overwrite": config.overwrite,
+    }
+    # The default budget of predicting is for small blocks; a CRF's blocks have larger halos and a default of their own.
+    if "memory" in config.model_fields_set:
+        values["memory"] = config.memory
+    return refine_volume(make_config(CrfRefineConfig, values), progress)
 
 
 def tune_parameters(config: CrfTuneConfig, progress: Progress = silent) -> CrfTuning:
@@ -354,12 +400,17 @@ def describe_halo(halo: Zyx, tolerance: float) -> str:
 
 def compare_structure(volumes: CrfVolumes, refined_labels: Volume, region: Region) -> StructureChange:
     """Count the objects in the central box of a region, in the most probable classes before and in the labels after."""
-    start = tuple(a + max(0, n - STRUCTURE_SIDE) // 2 for a, n in zip(region.start, region.shape, strict=True))
-    stop = tuple(a + min(n, STRUCTURE_SIDE) for a, n in zip(start, region.shape, strict=True))
-    box = Region(start, stop)  # type: ignore[arg-type]
+    box = central_box(region)
     before = volumes.probabilities.read(box.start, box.stop).argmax(axis=0).astype(np.int16)
     after = volumes.label_set.remap_to_indices(refined_labels.read(box.start, box.stop)[0])
     size = volumes.voxel_size_nm
     speck_nm3 = choose_speck_volume(size)
     counted = [count_structures(found, volumes.label_set.n_classes, size, speck_nm3) for found in (before, after)]
     return StructureChange(str(box), speck_nm3, *counted)
+
+
+def central_box(region: Region) -> Region:
+    """The box in the middle of a region whose objects are counted."""
+    start = tuple(a + max(0, n - STRUCTURE_SIDE) // 2 for a, n in zip(region.start, region.shape, strict=True))
+    stop = tuple(a + min(n, STRUCTURE_SIDE) for a, n in zip(start, region.shape, strict=True))
+    return Region(start, stop)  # type: ignore[arg-type]

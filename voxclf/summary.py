@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from voxclf.fit import FitResult
 from voxclf.metrics.scored import ScoredLabels
 from voxclf.metrics.voxelwise import finite_or_none
 from voxclf.provenance import software_versions
-from voxclf.report import Report, standard_figures, write_report
+from voxclf.report import Report, ReportTable, standard_figures, write_report
 
 SHOWN = ("macro_f1", "mean_iou", "macro_average_precision", "kappa", "accuracy")
 
@@ -81,7 +82,9 @@ def describe_evaluation(result: Evaluation) -> tuple[list[str], dict[str, Any]]:
     return lines, {"held_out": score_values(scored), "classes": scores.to_dict()}
 
 
-def report_evaluation(result: Evaluation, config: EvaluateConfig, folder: Path) -> Path:
+def report_evaluation(
+    result: Evaluation, config: EvaluateConfig, folder: Path, tables: Sequence[ReportTable] = ()
+) -> Path:
     """Write the report of an evaluation; returns the path of the page."""
     scored = score_evaluation(result)
     report = Report(
@@ -93,5 +96,6 @@ def report_evaluation(result: Evaluation, config: EvaluateConfig, folder: Path) 
         configuration=config.model_dump(mode="json", exclude_none=True),
         versions=software_versions(),
         figures=standard_figures(result.label_set, scored),
+        tables=tables,
     )
     return write_report(report, folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from voxclf.before_after import BeforeAfter, change_tables, compare_with_parent, describe_change, draw_change
 from voxclf.config import DemoConfig, EvaluateConfig, PredictConfig, PredictOptions, RunConfig, make_config, save_config
 from voxclf.datasets import make_phantom, write_phantom
 from voxclf.engine.executors import Executor, make_executor
@@ -24,6 +25,7 @@ from voxclf.models.registry import check_model_name
 from voxclf.predict import LABELS, Prediction, predict_volume
 from voxclf.progress import Progress, silent
 from voxclf.provenance import describe_input, software_versions
+from voxclf.refine import Refinement, find_kept_parameters, refine_prediction
 from voxclf.report import Report, standard_figures, write_report
 from voxclf.summary import describe_cross_validation, describe_evaluation, format_certificate, score_evaluation
 from voxclf.training_history import draw_history
@@ -71,25 +73,36 @@ def run_all(config: RunConfig, progress: Progress = silent) -> RunResult:
     fit = _fit_or_load(volume, labels, config, folder / "model", executor, progress)
     save_config(config, folder / "config.toml")
     fitted = time.perf_counter()
+    find_kept_parameters(config.crf, folder / "model", config.probabilities)  # what is wrong is told before the work
     prediction = predict_volume(_predict_config(config, folder), progress)
     predicted = time.perf_counter()
-    held_out = None
+    refinement = refine_prediction(config, folder / "model", progress)
+    refined = time.perf_counter()
+    held_out, change = None, None
     if config.validation:
-        held_out = evaluate(_evaluate_config(config, folder), progress)
+        scoring = _evaluate_config(config, refinement.folder if refinement else folder)
+        held_out = evaluate(scoring, progress)
+        change = compare_with_parent(scoring, held_out, score_evaluation(held_out), progress)
     seconds = {
         **(fit.seconds or {"fit (done earlier)": fitted - started}),
         "predict": predicted - fitted,
-        "score": time.perf_counter() - predicted,
+        **({"refine": refined - predicted} if refinement else {}),
+        "score": time.perf_counter() - refined,
     }
     shown = [labels] if validation is None else [validation, labels]
-    report = _write_report(config, volume, shown, region, fit, prediction, held_out, seconds)
+    report = _write_report(config, volume, shown, region, fit, prediction, refinement, held_out, change, seconds)
     lines, values = describe_cross_validation(fit)
     if held_out is not None:
         more_lines, more_values = describe_evaluation(held_out)
         lines, values = [*lines, *more_lines], {**values, **more_values}
+    if change is not None:
+        more_lines, more_values = describe_change(change)
+        lines, values = [*lines, *more_lines], {**values, "refined_from": more_values}
     lines += [f"warning      {warning}" for warning in prediction.warnings]
     lines += [format_certificate(prediction.certificate)] if prediction.certificate else []
-    lines += [*(f"written to   {v.path}" for v in prediction.job.volumes), f"report       {report}"]
+    lines += [f"written to   {v.path}" for v in prediction.job.volumes]
+    lines += [f"refined to   {refinement.folder}"] if refinement else []
+    lines += [f"report       {report}"]
     values |= {"report": str(report), "seconds": seconds}
     return RunResult(fit, prediction, held_out, report, lines, values)
 
@@ -168,7 +181,9 @@ def _write_report(
     region: Region,
     fit: FitResult,
     prediction: Prediction,
+    refinement: Refinement | None,
     held_out: Evaluation | None,
+    change: BeforeAfter | None,
     seconds: dict[str, float],
 ) -> Path:
     model = fit.model
@@ -180,6 +195,12 @@ def _write_report(
         else dict(zip(model.feature_names, model.feature_importances.tolist(), strict=True))
     )
     scored = score_evaluation(held_out) if held_out else None
+    before = open_volume(Path(config.output) / LABELS, kind="labels")
+    shown = open_volume(refinement.folder / LABELS, kind="labels") if refinement else before
+
+    def views(first: list[Volume], second: Volume) -> tuple[PlaneView, ...]:
+        return _overlays(volume, first, second, model, region)
+
     honest = fit.cross_validation.honest
     report = Report(
         title=f"{Path(config.volume).name}: {model.name.replace('_', ' ')}",
@@ -201,11 +222,11 @@ def _write_report(
         versions=software_versions(),
         warnings=prediction.warnings,
         figures=(
-            *standard_figures(
-                label_set, scored or honest, counts, importances, _overlays(volume, labels, model, region, config)
-            ),
+            *standard_figures(label_set, scored or honest, counts, importances, views(labels, shown)),
+            *([draw_change(views([before], shown), label_set)] if refinement else []),
             *draw_history(fit.folder),
         ),
+        tables=change_tables(change) if change else (),
     )
     return write_report(report, Path(config.output))
 
@@ -236,11 +257,10 @@ class _Window:
 
 
 def _overlays(
-    volume: Volume, labels: list[Volume], model: Model, region: Region, config: RunConfig
+    volume: Volume, labels: list[Volume], predicted: Volume, model: Model, region: Region
 ) -> tuple[PlaneView, ...]:
     """Three planes through the model's example voxel, near enough to see membranes."""
     label_set, example = model.label_set, model.training["example"]
-    predicted = open_volume(Path(config.output) / LABELS, kind="labels")
     z, y, x = (min(max(c, a), b - 1) - a for c, a, b in zip(example, region.start, region.stop, strict=True))
     window_nm = OVERLAY_SIDE * min(volume.voxel_size_nm)
     return cut_planes(

@@ -153,6 +153,22 @@ def test_one_that_fails_does_not_stop_the_others(project, tmp_path, capsys):
     assert "no contestant finished" in capsys.readouterr().err
 
 
+def test_a_network_trains_for_its_time_and_takes_part(project, tmp_path):
+    out = tmp_path / "CMP"
+    models = "decision_tree,3layer:width=0.25"
+    arguments = ("compare", "image.tif", "labels.tif", "-o", out, "--models", models, "--seeds", "1", *FAST)
+    assert run(project, *arguments, "--device", "cpu") == 0
+    found = {c["name"]: c for c in numbers(out)["contestants"]}
+    network = found["3layer:width=0.25"]
+    assert network["size_counts"] == "parameters"
+    # Convolutions 1 > 4 > 8 > 16 with bias, batch norm, and one linear layer to three classes.
+    convolutions = sum(27 * a * b + b for a, b in ((1, 4), (4, 8), (8, 16)))
+    assert network["size"] == convolutions + 2 * (4 + 8 + 16) + 16 * 3 + 3
+    assert network["macro_f1"]["value"] > 0.3
+    model = json.loads((out / "runs" / "3layer_width=0.25" / "seed_0" / "model" / "model.json").read_text())
+    assert model["training"]["options"]["time"] == 2.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

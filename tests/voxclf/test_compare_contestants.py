@@ -6,6 +6,7 @@ import pytest
 
 from voxclf.compare_contestants import parse_contestants
 from voxclf.config import CompareConfig, make_config
+from voxclf.geometry import Region
 
 
 def make(models, **values):
@@ -30,6 +31,39 @@ def test_options_of_a_contestant_come_before_those_of_the_comparison():
     fit = contestant.fit_config(config, "train.zarr", None, 4, Path("model"))
     assert (fit.trees, fit.bank, fit.samples, fit.autocontext, fit.seed) == (7, "edges", 500, 2, 4)
     assert (fit.labels, fit.output, fit.overwrite) == ("train.zarr", "model", True)
+
+
+def test_networks_get_the_time_budget_and_trees_the_filter_bank():
+    config = make("4conv:tta=true,random_forest", bank="edges", time="20s", device="cpu", memory="1GB")
+    network, trees = (
+        contestant.fit_config(config, "l.tif", None, 0, Path("model"))
+        for contestant in parse_contestants(config.models)
+    )
+    assert (network.time, network.device, network.bank) == (20, "cpu", "multiscale")
+    assert (trees.time, trees.bank) == (None, "edges")
+    network, trees = (
+        contestant.predict_config(config, Path("model"), Region((0, 1, 2), (3, 4, 5)), Path("p"))
+        for contestant in parse_contestants(config.models)
+    )
+    assert (network.tta, network.region, network.memory, network.pyramid) == (True, "0:3,1:4,2:5", 10**9, False)
+    assert not trees.tta
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("3layer:trees=4", "--models 3layer:trees=4: --trees was 4, but 3layer is a network"),
+        ("3layer+autocontext", "--autocontext was 2, but 3layer is a network"),
+        ("random_forest:width=2", "--width was 2.0, but random_forest is a tree model"),
+        ("random_forest:tta=true", "--tta was given, but random_forest has no such choice"),
+        ("4res", "4res pads, so it cannot be evaluated exactly.*--output-stride 4"),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused_before_any_work(models, message):
+    config = make(models)
+    (contestant,) = parse_contestants(models)
+    with pytest.raises(ValueError, match=message):
+        contestant.check(config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Intervals over seeds, paired differences and the front, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,8 @@ def test_means_over_seeds():
         np.mean([scored.scores.macro_f1 for scored in standing.scored])
     )
     assert (standing.fit_s, standing.predict_s, standing.voxels_per_s) == (8.0, 4.0, 250.0)
+    cold = replace(standing.runs[0], fit=Cost(99.0, 1), predict=Cost(99.0, 1))
+    assert Standing(standing.contestant, (cold, *standing.runs), 1000).fit_s == 8.0
     assert standing.peak == Cost(24.0, 20)
     assert standing.intervals["kappa"].low < standing.intervals["kappa"].value < standing.intervals["kappa"].high
 

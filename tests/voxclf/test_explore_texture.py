@@ -124,7 +124,7 @@ def test_each_defect_is_found_where_it_is(stack):
     blank = stack.copy()
     blank[60:63] = 0
     assert kinds(slices_of(blank)) == [(60, "blank")]
-    assert slices_of(blank).defects[0].text == "blank up to 62"
+    assert slices_of(blank).defects[0].last == 62
 
 
 def test_brightness_that_flickers_is_no_defect(stack):

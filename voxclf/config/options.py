@@ -177,6 +177,11 @@ class PredictOptions(ComputeOptions):
         False, description="also write uncertainty.zarr: entropy of the probabilities, 0 sure to 1 no idea"
     )
     region: str | None = Field(None, description="predict only z0:z1,y0:y1,x0:x1 (voxels)")
+    crf: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: refine with the dense CRF, into the folder `refined` of the output, if crf-tune kept one "
+        "with the model; off: leave it out",
+    )
     pyramid: bool = Field(True, description="add coarser levels for viewers")
     tta: bool = Field(
         False, description="networks: average over mirrored volumes; 8 times the work, 4 where slices are thick"

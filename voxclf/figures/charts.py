@@ -254,7 +254,10 @@ def draw_slice_fit(values: Sequence[Curve], flagged: Mapping[int, str], y_label:
     for number, (z, text) in enumerate(sorted(flagged.items())[:12]):
         axes.axvline(z, color=ALARM, linewidth=0.9, linestyle=(0, (2, 2)))
         place: dict[str, Any] = {"xy": (z, 0.02 + 0.09 * (number % 4)), "xycoords": axes.get_xaxis_transform()}
-        axes.annotate(f"{z}: {text}", **place, xytext=(3, 0), textcoords="offset points", fontsize=7, color=ALARM)
+        # Near the right end the words stand left of their mark, or they would run into the legend.
+        side = -1 if z > 0.7 * max(values[0].x) else 1
+        place |= {"xytext": (3 * side, 0), "textcoords": "offset points", "ha": "left" if side > 0 else "right"}
+        axes.annotate(f"{z}: {text}", **place, fontsize=7, color=ALARM)
     axes.set(xlabel="z (slice)", ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True)

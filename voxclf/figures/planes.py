@@ -97,13 +97,18 @@ def _window(position: int, length: int, size: float | None) -> slice:
 
 
 @styled
-def draw_overlays(views: Sequence[PlaneView], labels: LabelSet, opacity: float = 0.5) -> Figure:
+def draw_overlays(
+    views: Sequence[PlaneView],
+    labels: LabelSet,
+    opacity: float = 0.5,
+    titles: tuple[str, str, str] = ("labels", "prediction", "differences"),
+) -> Figure:
     """Draw image, drawn labels, prediction and where they differ, one row per plane, at the true aspect.
 
     The columns for labels and for differences are left out where no view has labels. "Differences" shows the
-    predicted class at labelled voxels where it is wrong.
+    predicted class at labelled voxels where it is wrong. With other titles, two predictions can be compared.
     """
-    columns = _overlay_columns(views)
+    columns = _overlay_columns(views, titles)
     heights = [view.image.shape[0] * view.pixel_size_nm[0] for view in views]
     widths = [view.image.shape[1] * view.pixel_size_nm[1] for view in views]
     panel = 8.0 / len(columns)
@@ -129,16 +134,16 @@ def draw_overlays(views: Sequence[PlaneView], labels: LabelSet, opacity: float =
 _Pick = Callable[[PlaneView], "NDArray[np.integer] | None"]
 
 
-def _overlay_columns(views: Sequence[PlaneView]) -> list[tuple[str, _Pick]]:
+def _overlay_columns(views: Sequence[PlaneView], titles: tuple[str, str, str]) -> list[tuple[str, _Pick]]:
     has_truth = any(view.truth is not None for view in views)
     has_prediction = any(view.predicted is not None for view in views)
     columns: list[tuple[str, _Pick]] = [("image", lambda view: None)]
     if has_truth:
-        columns.append(("labels", lambda view: view.truth))
+        columns.append((titles[0], lambda view: view.truth))
     if has_prediction:
-        columns.append(("prediction", lambda view: view.predicted))
+        columns.append((titles[1], lambda view: view.predicted))
     if has_truth and has_prediction:
-        columns.append(("differences", _differences))
+        columns.append((titles[2], _differences))
     return columns
 
 

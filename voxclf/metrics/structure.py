@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,16 @@ class StructureCounts:
             self.holes + other.holes,
             self.contacts + other.contacts,
         )
+
+    @property
+    def holes_per_object(self) -> NDArray[np.float64]:
+        """Holes over the pieces that are no specks, shape (K,); 0 where a class has no such piece."""
+        return self.holes / np.maximum(self.components - self.specks, 1)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """As plain values for JSON."""
+        counts = {name: getattr(self, name).tolist() for name in ("components", "specks", "holes", "contacts")}
+        return {**counts, "holes_per_object": self.holes_per_object.tolist()}
 
     def forbidden_contacts(self, pairs: Iterable[tuple[int, int]]) -> int:
         """Voxel faces between pairs of class indices that must not touch; (a, b) is the same pair as (b, a)."""

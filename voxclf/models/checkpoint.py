@@ -55,7 +55,8 @@ def save_model(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     own = import_module(FILES_OF_KIND[model.kind]).write_files(model, building)
-    np.savez_compressed(building / "golden.npz", image=golden_image, **model.golden_answers(golden_image))
+    golden: dict[str, Any] = {"image": golden_image, **model.golden_answers(golden_image)}
+    np.savez_compressed(building / "golden.npz", **golden)
     for name, content in (extra_files or {}).items():
         if content is not None:
             (building / name).write_bytes(content)

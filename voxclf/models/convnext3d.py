@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from voxclf.models.patch_cnn import ChannelLayerNorm, PatchNetwork, Shape, Zyx
+from voxclf.models.dense_graph import Zyx, triple
+from voxclf.models.patch_cnn import ChannelLayerNorm, PatchNetwork, Shape
 
 DEPTHWISE_SIZE = 7
 STEM_LEAVES = 8
@@ -54,14 +55,14 @@ def build_convnext(name: str, n_classes: int, patch: Zyx, in_channels: int = 1, 
     Parameters are those of :func:`voxclf.models.patch_cnn.build_patch_cnn`.
     """
     channels = _scale((96, 192, 384, 768), width)
-    stem = _triple(max(1, min(4, n // STEM_LEAVES)) for n in patch)
-    extent = _triple(n // s for n, s in zip(patch, stem, strict=True))
+    stem = triple(max(1, min(4, n // STEM_LEAVES)) for n in patch)
+    extent = triple(n // s for n, s in zip(patch, stem, strict=True))
     layers: list[nn.Module] = [nn.Conv3d(in_channels, channels[0], stem, stem), ChannelLayerNorm(channels[0])]
     for stage, depth in enumerate((3, 3, 9, 3)):
         if stage:
             # An axis at most half as long as the longest waits, as in `patch_cnn.Pool`.
-            size = _triple(2 if n >= 2 and 2 * n > max(extent) else 1 for n in extent)
-            extent = _triple(n // s for n, s in zip(extent, size, strict=True))
+            size = triple(2 if n >= 2 and 2 * n > max(extent) else 1 for n in extent)
+            extent = triple(n // s for n, s in zip(extent, size, strict=True))
             before = channels[stage - 1]
             layers += [ChannelLayerNorm(before), nn.Conv3d(before, channels[stage], size, size)]
         layers += [Block(channels[stage], extent) for _ in range(depth)]
@@ -92,7 +93,7 @@ def _dilated(before: int, after: int, size: int, dilation: int, extent: Zyx) -> 
     """Valid convolution with the largest dilation that fits along each axis, and the extent it leaves."""
     fits = [min(dilation, (n - 1) // (size - 1)) for n in extent]
     layer = nn.Conv3d(before, after, [size if d else 1 for d in fits], dilation=[max(1, d) for d in fits])
-    return layer, _triple(n - d * (size - 1) for n, d in zip(extent, fits, strict=True))
+    return layer, triple(n - d * (size - 1) for n, d in zip(extent, fits, strict=True))
 
 
 def _finish(
@@ -104,8 +105,3 @@ def _finish(
 
 def _scale(channels: tuple[int, ...], width: float) -> list[int]:
     return [max(1, round(n * width)) for n in channels]
-
-
-def _triple(values: object) -> Zyx:
-    z, y, x = values  # type: ignore[misc]
-    return z, y, x

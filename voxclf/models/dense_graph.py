@@ -221,7 +221,7 @@ class _Reader:
         axis = node.kwargs.get("dim", more[0] if more else 0)
         if axis != 1:
             raise _RefusalError(f"joins axis {axis}; only channels, axis 1, can be joined")
-        parts = [self.values[n] for n in tensors]  # type: ignore[union-attr,index]
+        parts = [self.values[n] for n in tensors]
         return Operation(name, "concatenation", tuple(part.index for part in parts if isinstance(part, Value)))
 
     def _check_result(self, result: Any) -> None:

@@ -150,7 +150,8 @@ class DenseNetwork(nn.Module):
             result = self._run(operation, values, self.reaches[operation.inputs[0]])
             if self.backend == "fragments":
                 before, after = (self._fragments(self.reaches[n]) for n in (operation.inputs[0], i + 1))
-                result = deal_out(join(result, before, after), before, after)
+                between = triple(min(b, a) for b, a in zip(before, after, strict=True))
+                result = deal_out(join(result, before, between), between, after)
             values[i + 1] = result
             for used in operation.inputs:
                 if self.last_uses[used] == i:  # without gradients this is what frees the memory

@@ -1,6 +1,7 @@
 """A dense network made fast for prediction on the device at hand.
 
-What each trick is worth is said beside it; figures are from one core of an AMD EPYC (Zen 5) with torch 2.13, 4conv.
+What each trick is worth is said beside it, from one core of an AMD EPYC (Zen 5) with torch 2.13 and 4conv, if it does
+not name another.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ class TunedDenseNetwork(DenseNetwork):
 def fused_convolution(x: Tensor, layer: Convolution, stride: Zyx, dilation: Zyx, padding: Zyx) -> Tensor:
     """Convolution and activation by oneDNN in one pass over the result.
 
-    GELU by itself takes 4 ns per number, as long as a convolution with 16 input channels takes for it in bfloat16:
-    fused, that is 5 times as fast. It also avoids torch's own slow convolution (6 times slower), which
-    torch chooses for small float32 batches of one channel.
+    GELU by itself takes 4 ns per number. On a core of an Intel Xeon with AMX a convolution of 16 to 32 channels with
+    GELU runs 5 times as fast when fused in bfloat16, twice as fast in float32. It also avoids torch's own slow
+    convolution, which torch chooses for small float32 batches of one channel: 6 times slower.
     """
     name, algorithm = "none", ""
     if isinstance(layer.activation, nn.ReLU):

@@ -31,7 +31,8 @@ def write_files(model: NetworkModel, folder: Path) -> dict[str, Any]:
     """Write weights and calibration; returns what ``model.json`` must say about them."""
     save_weights(model.network, folder / WEIGHTS)
     if model.calibration is not None:
-        np.savez(folder / CALIBRATION, **model.calibration.to_arrays())
+        arrays: dict[str, Any] = {**model.calibration.to_arrays()}
+        np.savez(folder / CALIBRATION, **arrays)
     return {
         "architecture": model.architecture,
         "inputs": model.inputs.to_dict(),

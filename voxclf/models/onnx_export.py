@@ -6,8 +6,8 @@ volume of any size and gives the logits of every voxel. Both are written in stan
 
 from __future__ import annotations
 
-import importlib.util
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -68,13 +68,13 @@ def export_dense_network(network: nn.Module, patch: int | Zyx, in_channels: int,
 
 def _export(network: nn.Module, example: torch.Tensor, free_axes: dict[int, str], path: str | Path) -> Path:
     for module in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(module) is None:
+        if find_spec(module) is None:
             raise ModuleNotFoundError(
                 f"ONNX export needs {module}, which is not installed: pip install 'voxclf[export]'"
             )
     path = Path(path)
-    free = {axis: torch.export.Dim(name, min=1 if axis == 0 else example.shape[axis] - SPARE_VOXELS[axis - 2])
-            for axis, name in free_axes.items()}  # fmt: skip
+    least = {axis: 1 if axis == 0 else example.shape[axis] - SPARE_VOXELS[axis - 2] for axis in free_axes}
+    free = {axis: torch.export.Dim(name, min=least[axis]) for axis, name in free_axes.items()}
     torch.onnx.export(
         network.eval(),
         (example,),

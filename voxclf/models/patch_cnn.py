@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Zyx = tuple[int, int, int]
+from voxclf.models.dense_graph import Zyx, triple
+
 NormName = Literal["batch", "layer"]
 
 
@@ -243,8 +244,8 @@ class DilatedConcat:
         """Build it for one place of a network."""
         channels = style.channels(self.channels)
         fits = tuple(min(self.dilation, (n - 1) // 4) for n in shape.extent)
-        dilation = _triple(max(1, d) for d in fits)
-        small, large = (_triple(size if d else 1 for d in fits) for size in (3, 5))
+        dilation = triple(max(1, d) for d in fits)
+        small, large = (triple(size if d else 1 for d in fits) for size in (3, 5))
         first, between = _convolution(shape, style, channels, small, dilation)
         second, after = _convolution(between, style, channels, small, dilation)
         beside, _ = _convolution(shape, style, channels, large, dilation, is_plain=True)
@@ -269,14 +270,9 @@ class Pool:
     def build(self, shape: Shape, style: Style) -> tuple[nn.Module, Shape]:
         """Build it for one place of a network."""
         longest = max(shape.extent)
-        size = _triple(2 if n >= 2 * self.leaves and 2 * n > longest else 1 for n in shape.extent)
-        after = _triple(n // s for n, s in zip(shape.extent, size, strict=True))
+        size = triple(2 if n >= 2 * self.leaves and 2 * n > longest else 1 for n in shape.extent)
+        after = triple(n // s for n, s in zip(shape.extent, size, strict=True))
         return self.kind(size), Shape(shape.channels, after)
-
-
-def _triple(values: object) -> Zyx:
-    z, y, x = values  # type: ignore[misc]
-    return z, y, x
 
 
 def max_pool(leaves: int = 1) -> Pool:

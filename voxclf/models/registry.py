@@ -136,8 +136,8 @@ def _patch_network(
 
 
 def _segmenter(name: str, description: str, builder: str, **defaults: Any) -> tuple[str, NetworkInfo]:
-    defaults = MappingProxyType({"width": 1.0, **defaults})
-    return name, NetworkInfo(name, description, f"voxclf.models.{builder}", "segmenter", defaults=defaults)
+    options = MappingProxyType({"width": 1.0, **defaults})
+    return name, NetworkInfo(name, description, f"voxclf.models.{builder}", "segmenter", defaults=options)
 
 
 ISOTROPIC: VoxelSize = (1.0, 1.0, 1.0)
@@ -329,7 +329,8 @@ def default_patch(name: str, voxel_size_nm: VoxelSize) -> Zyx:
 
 
 def _nearest_odd(length: float) -> int:
-    return max(1, 2 * round((length - 1) / 2) + 1)
+    """The larger one where two are as near."""
+    return 2 * int(length // 2) + 1
 
 
 def check_model_name(name: str) -> None:

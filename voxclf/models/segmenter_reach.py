@@ -24,7 +24,7 @@ SEAM_TOLERANCE = 0.01
 """Largest change of a probability at a seam: less than three of the 255 levels in which probabilities are stored."""
 LARGEST_MARGIN = 256
 """Voxels. A network that looks further is cut off here, and what that costs is told."""
-N_WINDOWS = 4
+N_WINDOWS = 2
 ACROSS = 32
 """Extent of a window across the axis that is measured, at least; two alignments if those are more."""
 
@@ -85,8 +85,12 @@ def measure_reach(
     Returns
     -------
     Reach
-        Its margin is the least multiple of the alignment (of 4 at least) whose error, and that of all larger ones
-        tried, is within the tolerance.
+        Its margin is a multiple of the alignment (of 4 at least): of those tried, each about three quarters of the one
+        before, the last that was within the tolerance.
+
+    Notes
+    -----
+    Takes a few dozen runs on windows of 32 by 32 voxels and some hundred long.
 
     Raises
     ------
@@ -110,37 +114,39 @@ def measure_reach(
 def _measure_axis(
     network: Segmenter, sample: np.ndarray, axis: int, tolerance: float, rng: np.random.Generator, device: str
 ) -> tuple[int, float]:
-    """Margin along one axis and its error; windows are lengthened until the margin is at most half of theirs."""
+    """Margin along one axis and its error.
+
+    Strategy: a window twice as long as the longest margin tried stands for the whole volume. Margins are tried from
+    long to short until one is too short, so that a short one that happens to do is not mistaken for enough. If
+    already the longest is too short, all is tried again twice as long.
+    """
     step = round_up(4, network.alignment[axis])
+    core = round_up(8, network.alignment[axis])
     longest = 4 * step
     while True:
-        errors = _measure_errors(network, sample, axis, step, longest, rng, device)
-        is_within = [error <= tolerance for error in errors]
-        # The first margin from which on all are within; errors may bump where windows of the network end.
-        first = len(errors) - next((i for i, fine in enumerate(reversed(is_within)) if not fine), len(errors))
-        if first * step <= longest // 2:
-            return first * step, errors[first]
+        windows = _draw_windows(network, sample, axis, core + 4 * longest, rng).to(device)
+        reference = _probabilities_in_the_middle(network, windows, axis, core)
+        enough = None
+        for margin in _descend(longest, step):
+            short = windows.narrow(axis + 2, 2 * longest - margin, core + 2 * margin)
+            error = float((_probabilities_in_the_middle(network, short, axis, core) - reference).abs().max())
+            if error > tolerance:
+                break
+            enough = margin, error
+        if enough is not None:
+            return enough
         if longest >= LARGEST_MARGIN:
-            last = min(first, len(errors) - 1)
-            return last * step, errors[last]
-        longest *= 2
+            return longest, error
+        longest = min(2 * longest, round_up(LARGEST_MARGIN, step))
 
 
-def _measure_errors(
-    network: Segmenter, sample: np.ndarray, axis: int, step: int, longest: int, rng: np.random.Generator, device: str
-) -> list[float]:
-    """Largest change in the middle for margins 0, step, 2 step … below ``longest``, against ``longest``."""
-    core = round_up(8, network.alignment[axis])
-    largest = [0.0] * (longest // step)
-    for window in _draw_windows(network, sample, axis, core + 2 * longest, rng):
-        tensor = torch.from_numpy(window)[None].to(device)
-        reference = _probabilities_in_the_middle(network, tensor, axis, core)
-        for index in range(len(largest)):
-            cut = longest - index * step
-            short = tensor.narrow(axis + 2, cut, tensor.shape[axis + 2] - 2 * cut)
-            change = (_probabilities_in_the_middle(network, short, axis, core) - reference).abs().max()
-            largest[index] = max(largest[index], float(change))
-    return largest
+def _descend(longest: int, step: int) -> Iterator[int]:
+    """Margins from ``longest`` to 0, multiples of ``step``, each about three quarters of the one before."""
+    margin = longest
+    while margin > 0:
+        yield margin
+        margin = min(margin - step, round_up(3 * margin // 4, step))
+    yield 0
 
 
 def _probabilities_in_the_middle(network: Segmenter, window: torch.Tensor, axis: int, core: int) -> torch.Tensor:
@@ -153,15 +159,17 @@ def _probabilities_in_the_middle(network: Segmenter, window: torch.Tensor, axis:
 
 def _draw_windows(
     network: Segmenter, sample: np.ndarray, axis: int, length: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Long windows (C, …) anywhere in the sample, mirrored beyond its edges as blocks are beyond the volume's."""
+) -> torch.Tensor:
+    """Long windows (B, C, …) anywhere in the sample, mirrored beyond its edges as blocks are beyond the volume's."""
     shape = [length if a == axis else max(round_up(ACROSS, n), 2 * n) for a, n in enumerate(network.alignment)]
+    windows = []
     for _ in range(N_WINDOWS):
         window = sample
         for a, (wanted, available) in enumerate(zip(shape, sample.shape[1:], strict=True)):
             start = int(rng.integers(available))
             window = window.take(mirror_indices(start, start + wanted, available), axis=a + 1)
-        yield window
+        windows.append(window)
+    return torch.from_numpy(np.stack(windows)).contiguous(memory_format=torch.channels_last_3d)
 
 
 def _draw_noise(network: Segmenter, rng: np.random.Generator) -> np.ndarray:

@@ -134,8 +134,10 @@ class SegmenterStep:
     def __post_init__(self) -> None:
         self.network.eval()
         if self.device == "cpu":
-            # Only the order of weights in memory changes; with two tiles at a time it halves the time.
-            self.network.to(memory_format=torch.channels_last_3d)
+            # Only the order of 3D kernels in memory changes; with two tiles at a time it halves the time.
+            for weight in self.network.parameters():
+                if weight.ndim == 5:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
     @property
     def alignment(self) -> Zyx:

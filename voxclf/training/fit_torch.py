@@ -32,20 +32,18 @@ from voxclf.training.held_out import choose_held_out, count_along_axes
 from voxclf.training.loop import Task, choose_accelerator, run_loop
 from voxclf.training.losses import build_loss
 from voxclf.training.pretrain import load_pretrained
+from voxclf.training.scored_windows import ScoredWindow, list_scored_windows, scored_batches
 from voxclf.training.volume_memory import remember
 from voxclf.training.windows import (
     LabelIndex,
-    ScoredWindow,
     WindowBatch,
     WindowForm,
     WindowReader,
     WindowSampler,
     count_drawn,
     crop_form,
-    list_scored_windows,
     loss_weights,
     patch_form,
-    scored_batches,
     slab_forms,
     window_side,
 )

@@ -21,10 +21,7 @@ import threading
 import time
 import warnings
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +29,19 @@ import torch
 from torch import Tensor, nn
 
 from voxclf.config import NetworkFitOptions
+from voxclf.models.dense_tuning import keep_freed_memory
 from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
+from voxclf.training.cpu_bfloat16 import Float32WeightGradients
+from voxclf.training.step_batches import ReadBatches, StepBatches
+from voxclf.training.step_progress import StepProgress
+from voxclf.training.training_plan import Plan, step_size_factor
 from voxclf.training.training_state import TrainingState, load_state
 
 prepare_torchvision()  # Lightning imports it where it is installed, and a build for GPUs fails without them
 
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger  # noqa: E402
-
-ROUND_STEPS = 100
-"""Most steps between two validations."""
-LEAST_ROUNDS = 10
-"""Rounds that a limited number of steps is divided into, so that there is a best one to choose."""
-SETTLING_S = 2.0
-"""Seconds of training from which its rate is known well enough to say how long the rest takes."""
-WARM_UP = 0.3
-"""Part of a one-cycle schedule in which the step size rises (Smith and Topin 2018, arXiv 1708.07120)."""
-FIRST_FACTOR = 0.04
 
 
 class Task(pl.LightningModule):
@@ -105,6 +97,12 @@ class Task(pl.LightningModule):
         """One validation batch of Lightning's loop."""
         self.judge(batch)
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients; some in bfloat16 on a CPU would be wrong."""
+        is_doubtful = self.options.precision == "bf16" and loss.device.type == "cpu"
+        with Float32WeightGradients() if is_doubtful else contextlib.nullcontext():
+            loss.backward(*args, **kwargs)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser that the options name."""
         return make_optimizer(self.network, self.options)
@@ -131,61 +129,10 @@ def make_optimizer(network: nn.Module, options: NetworkFitOptions) -> torch.opti
     return kinds[options.optimizer](parameters, lr=rate, weight_decay=decay)
 
 
-def step_size_factor(schedule: str, done: float) -> float:
-    """What the learning rate is multiplied by when a part ``done`` (0 to 1) of the training is over."""
-    if schedule == "constant":
-        return 1.0
-    if schedule == "one_cycle":
-        if done < WARM_UP:
-            rise = 0.5 * (1 - math.cos(math.pi * done / WARM_UP))
-            return FIRST_FACTOR + (1 - FIRST_FACTOR) * rise
-        done = (done - WARM_UP) / (1 - WARM_UP)
-    # Not quite to zero, so that the last steps still count.
-    return max(1e-3, 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@dataclass
-class Plan:
-    """How far the training is to go, and how far it is."""
-
-    options: NetworkFitOptions
-    seed: int
-    state: TrainingState
-    n_reading: int
-
-    @property
-    def round_steps(self) -> int:
-        """Steps of a round."""
-        if self.options.steps is None:
-            return ROUND_STEPS
-        return min(ROUND_STEPS, max(1, self.options.steps // LEAST_ROUNDS))
-
-    @property
-    def last_step(self) -> int:
-        """Steps after which training ends in any case."""
-        most = self.options.epochs * self.round_steps
-        return most if self.options.steps is None else min(most, self.options.steps)
-
-    @property
-    def end_of_round(self) -> int:
-        """Step at which the round begun now ends."""
-        return min(self.state.step + self.round_steps, self.last_step)
-
-    @property
-    def n_rounds_left(self) -> int:
-        """Rounds still to do."""
-        return -(-(self.last_step - self.state.step) // self.round_steps)
-
-    def part_done(self, seconds: float) -> float:
-        """Part of the training that is over, by steps or by time, whichever is further."""
-        by_time = 0.0 if self.options.time is None else seconds / self.options.time
-        return min(1.0, max(by_time, self.state.step / max(1, self.last_step)))
-
-
 class _Book(pl.Callback):
     """Keeps the books of a training: step size, time, history, best network, state on disk, progress."""
 
-    def __init__(self, plan: Plan, folder: Path, steps_shown: _Shown) -> None:
+    def __init__(self, plan: Plan, folder: Path, steps_shown: StepProgress) -> None:
         self.plan = plan
         self.folder = folder
         self.shown = steps_shown
@@ -272,103 +219,6 @@ class _Book(pl.Callback):
         self.was_interrupted = isinstance(exception, KeyboardInterrupt)
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """One step, as progress counts it."""
-
-    n_voxels: int
-
-
-class _Shown:
-    """Hands steps to a :class:`Progress`, which draws items from an iterator, as they happen in Lightning's loop.
-
-    How many labelled voxels there will be is known after a few steps only, where the limit is time; steps until then
-    are handed on together.
-    """
-
-    def __init__(self, progress: Progress, stage: str, plan: Plan) -> None:
-        self._progress, self._stage, self._plan = progress, stage, plan
-        self._first_s: float | None = None
-        self._waiting = self._n_pushed = self._n_steps = 0
-        self._shown: Iterator[_Counted] | None = None
-        self._is_over = False
-
-    def push(self, n_labelled: int, seconds: float) -> None:
-        """Count one step."""
-        self._waiting += n_labelled
-        self._n_pushed += n_labelled
-        self._n_steps += 1
-        if self._first_s is None:
-            # The first step includes compilation and allocation, so the clock starts after it.
-            self._first_s, self._n_pushed = seconds, 0
-            return
-        if self._shown is None:
-            if seconds - self._first_s < SETTLING_S:
-                return
-            self._shown = iter(self._progress(self._stage, self._steps(), self._expect(seconds), "voxel"))
-        next(self._shown)
-
-    def close(self) -> None:
-        """Nothing follows."""
-        self._is_over = True
-        if self._shown is not None:
-            for _ in self._shown:
-                continue
-
-    def _expect(self, seconds: float) -> float:
-        assert self._first_s is not None
-        plan = self._plan
-        per_step = self._n_pushed / max(1, self._n_steps - 1)
-        total = self._waiting + per_step * (plan.last_step - plan.state.step)
-        if plan.options.time is not None:
-            rate = self._n_pushed / (seconds - self._first_s)
-            total = min(total, self._waiting + rate * (plan.options.time - seconds))
-        return max(total, 1.0)
-
-    def _steps(self) -> Iterator[_Counted]:
-        while not self._is_over:
-            waiting, self._waiting = self._waiting, 0
-            yield _Counted(waiting)
-
-
-class StepBatches:
-    """The batches of some steps, as tensors; threads may draw them ahead."""
-
-    def __init__(self, draw: Callable[[int], Any], steps: range, n_threads: int) -> None:
-        self._draw, self._steps, self._n_threads = draw, steps, n_threads
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._n_threads == 0:
-            yield from (as_tensors(self._draw(step)) for step in self._steps)
-            return
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            ahead: deque[Future[Any]] = deque()
-            for step in self._steps:
-                ahead.append(pool.submit(self._draw, step))
-                if len(ahead) > 2 * self._n_threads:
-                    yield as_tensors(ahead.popleft().result())
-            while ahead:
-                yield as_tensors(ahead.popleft().result())
-
-
-class ReadBatches:
-    """Batches that are read anew at each walk."""
-
-    def __init__(self, read: Callable[[], Iterable[Any]]) -> None:
-        self._read = read
-
-    def __iter__(self) -> Iterator[Any]:
-        return (as_tensors(batch) for batch in self._read())
-
-
-def as_tensors(batch: Any) -> Any:
-    """The arrays of a named tuple as tensors."""
-    return type(batch)(*(torch.as_tensor(v) if hasattr(v, "__array__") else v for v in batch))
-
-
 def run_loop(
     task: Task, options: NetworkFitOptions, seed: int, folder: Path, n_threads: int, progress: Progress, stage: str
 ) -> TrainingState:
@@ -401,7 +251,9 @@ def run_loop(
     state = load_state(folder, task.network, None) or TrainingState()
     task.plan = plan = Plan(options, seed, state, n_reading)
     use_channels_last(task.network)
-    shown = _Shown(progress, stage, plan)
+    if accelerator == "cpu":
+        keep_freed_memory()
+    shown = StepProgress(progress, stage, plan)
     book = _Book(plan, folder, shown)
     is_tired = state.epoch - state.best_epoch >= options.patience
     is_late = options.time is not None and state.seconds >= options.time
@@ -422,8 +274,11 @@ def run_loop(
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            _fit(trainer, task, book)
-        shown.close()
+            try:
+                _fit(trainer, task, book)
+                shown.finish()
+            finally:
+                shown.close()
     task.network.load_state_dict(state.best)
     return state
 

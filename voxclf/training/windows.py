@@ -20,6 +20,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,8 @@ GOOD_NORMAL = 0.5
 """A plane is as good as the best one if a window in it holds this share of the best one's labels."""
 MAX_DRAWS = 64
 """Voxels drawn per window wanted, in search of those with the step's normal; then any will do."""
-KEPT_BOXES = 64
-"""Boxes whose labelled voxels stay listed, 2 MB each at most."""
+KEPT_BYTES = 2**27
+"""Lists of labelled voxels that are kept: those of 30 million voxels."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ def window_side(side: int, voxel_size_nm: VoxelSize) -> Zyx:
 def _zyx(values: Iterator[int] | Sequence[int] | object) -> Zyx:
     z, y, x = values  # type: ignore[misc]
     return z, y, x
+
+
+def unravel(flat: int, shape: Zyx) -> Zyx:
+    """Position in a box of a voxel given by its flat index."""
+    return _zyx(int(i) for i in np.unravel_index(flat, shape))
 
 
 class Window(NamedTuple):
@@ -241,7 +247,7 @@ class BoxLabels:
     def voxel(self, k: int, number: int) -> Zyx:
         """Position in the volume of one labelled voxel of class ``k``."""
         flat = int(self.positions[self.first[k] + number])
-        return add(self.region.start, _zyx(int(i) for i in np.unravel_index(flat, self.region.shape)))
+        return add(self.region.start, unravel(flat, self.region.shape))
 
     def expected_labels(self, form: WindowForm) -> np.ndarray:
         """Labels to expect in a slab at each plane across its normal, if they are spread evenly over the plane."""
@@ -272,7 +278,10 @@ class BoxLabels:
 
 
 class LabelIndex:
-    """Where the labelled voxels of a survey are; boxes are read when needed, and the last ones kept."""
+    """Where the labelled voxels of a survey are; boxes are read when needed, and the last ones kept.
+
+    Safe for the threads that read ahead.
+    """
 
     def __init__(self, reader: WindowReader, survey: LabelSurvey) -> None:
         self.reader = reader
@@ -281,6 +290,8 @@ class LabelIndex:
             [[box.counts.get(i, 0) for i in reader.label_set.ids] for box in survey.boxes], np.int64
         ).reshape(-1, reader.label_set.n_classes)
         self._kept: OrderedDict[int, BoxLabels] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = Lock()
 
     @property
     def totals(self) -> np.ndarray:
@@ -289,15 +300,22 @@ class LabelIndex:
 
     def box(self, number: int) -> BoxLabels:
         """List the labels of one box."""
-        found = self._kept.get(number)
+        with self._lock:
+            found = self._kept.get(number)
         if found is None:
             region = self.survey.boxes[number].region
             found = BoxLabels.of(region, self.reader.read_classes(region), self.reader.label_set.n_classes)
-            self._kept[number] = found
-            # The threads that read ahead may both drop the oldest.
-            while len(self._kept) > KEPT_BOXES:
-                self._kept.popitem(last=False)
+            self._keep(number, found)
         return found
+
+    def _keep(self, number: int, found: BoxLabels) -> None:
+        with self._lock:
+            if number in self._kept:  # another thread was faster
+                return
+            self._kept[number] = found
+            self._kept_bytes += found.positions.nbytes
+            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].positions.nbytes
 
 
 @dataclass(frozen=True)
@@ -413,98 +431,7 @@ def loss_weights(totals: np.ndarray, balance: Balance, drawn: np.ndarray) -> np.
     ndarray of float32, shape (K,)
         Mean 1 over the voxels drawn; 0 for classes without labels.
     """
-    shares = target_shares(totals, balance)
-    weights = np.divide(shares, drawn, out=np.zeros(len(shares)), where=drawn > 0)
+    # A class so rare that the sample missed it counts as drawn once.
+    drawn = np.maximum(drawn, totals > 0)
+    weights = np.divide(target_shares(totals, balance), drawn, out=np.zeros(len(totals)), where=drawn > 0)
     return (weights * drawn.sum() / (weights * drawn).sum()).astype(np.float32)
-
-
-class ScoredWindow(NamedTuple):
-    """Where a window is to be scored: its form, its start, and the box and part whose labels it answers for."""
-
-    form: int
-    start: Zyx
-    box: int
-    part: Region
-    n_labelled: int
-
-
-def list_scored_windows(index: LabelIndex, forms: Sequence[WindowForm], limit: int, seed: int) -> list[ScoredWindow]:
-    """List windows in which labelled voxels are scored, each voxel in at most one of them.
-
-    Where there are more than ``limit`` labelled voxels, windows are drawn evenly from all of them; at least one is
-    listed. Their order is random, so that any first part of the list samples the labels too.
-    """
-    rng = np.random.default_rng(seed)
-    boxes = range(len(index.survey.boxes))
-    if all(form.target == (1, 1, 1) for form in forms):
-        share = min(1.0, limit / max(1, int(index.totals.sum())))
-        windows = [window for number in boxes for window in _voxels_of(index, number, share, rng)]
-    else:
-        windows = [window for number in boxes for window in _parts_of(index, number, forms)]
-    kept: list[ScoredWindow] = []
-    n_labelled = 0
-    for i in rng.permutation(len(windows)):
-        if n_labelled >= limit:
-            break
-        kept.append(windows[i])
-        n_labelled += windows[i].n_labelled
-    return kept
-
-
-def _voxels_of(index: LabelIndex, number: int, share: float, rng: np.random.Generator) -> Iterator[ScoredWindow]:
-    """One window for each voxel drawn from a box."""
-    box = index.box(number)
-    n = len(box.positions)
-    # A box too small for its share to be a voxel gives at least one; the limit is kept afterwards.
-    for flat in rng.choice(box.positions, min(n, math.ceil(share * n)), replace=False):
-        local = _zyx(int(i) for i in np.unravel_index(int(flat), box.region.shape))
-        voxel = add(box.region.start, local)
-        yield ScoredWindow(0, voxel, number, Region(voxel, add(voxel, (1, 1, 1))), 1)
-
-
-def _parts_of(index: LabelIndex, number: int, forms: Sequence[WindowForm]) -> Iterator[ScoredWindow]:
-    """Windows that cover a box, each voxel under the form that suits it best."""
-    box = index.box(number)
-    labelled = np.zeros(math.prod(box.region.shape), bool)
-    labelled[box.positions] = True
-    labelled = labelled.reshape(box.region.shape)
-    best = box.best_form(forms)
-    for i, form in enumerate(forms):
-        mine = labelled & (best == i)
-        for part in _tiles(box.region, form.target) if mine.any() else ():
-            local = Region(subtract(part.start, box.region.start), subtract(part.stop, box.region.start))
-            n = int(np.count_nonzero(mine[local.slices]))
-            if n:
-                yield ScoredWindow(i, part.start, number, part, n)
-
-
-def _tiles(region: Region, shape: Zyx) -> Iterator[Region]:
-    ranges = [range(a, b, n) for a, b, n in zip(region.start, region.stop, shape, strict=True)]
-    for z in ranges[0]:
-        for y in ranges[1]:
-            for x in ranges[2]:
-                yield Region((z, y, x), add((z, y, x), shape)).intersect(region)
-
-
-def read_scored(index: LabelIndex, forms: Sequence[WindowForm], window: ScoredWindow) -> Window:
-    """Read a window to be scored; labels that other windows answer for are -1."""
-    form = forms[window.form]
-    target = np.full(form.target, UNLABELLED_INDEX, np.int64)
-    classes = index.reader.read_classes(window.part)
-    if len(forms) > 1:
-        box = index.box(window.box)
-        local = Region(subtract(window.part.start, box.region.start), subtract(window.part.stop, box.region.start))
-        classes = np.where(box.best_form(forms)[local.slices] == window.form, classes, UNLABELLED_INDEX)
-    target[Region((0, 0, 0), window.part.shape).slices] = classes
-    return index.reader.read(form, window.start, target)
-
-
-def scored_batches(
-    index: LabelIndex, forms: Sequence[WindowForm], windows: Sequence[ScoredWindow], n_windows: int
-) -> Iterator[WindowBatch]:
-    """Read windows in batches of one form."""
-    for i in range(len(forms)):
-        own = [window for window in windows if window.form == i]
-        for first in range(0, len(own), n_windows):
-            some = own[first : first + n_windows]
-            yield WindowBatch.of([read_scored(index, forms, window) for window in some], i, [w.start for w in some])

@@ -18,10 +18,12 @@ from voxclf.models.registry import build
 from voxclf.models.segmenter_reach import LARGEST_MARGIN, Reach, measure_reach
 from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, choose_tile, make_segmenter_step
 from voxclf.training.losses import build_loss
+from voxclf.volume import create_volume, open_volume
 
 SHAPE = (23, 37, 41)
 SECTIONS = (30.0, 8.0, 8.0)
-TOLERANCE = 0.01
+TOLERANCE = 0.05
+"""Looser than the default, so that margins are short and the tests fast."""
 INPUTS = NetworkInput((0.5,), (0.6,))
 
 
@@ -33,15 +35,23 @@ def make_cells(shape, rng):
     return image.astype(np.float32), truth
 
 
-def train(network, rng, n_steps=30):
-    shape = (1 if network.alignment[0] == 1 else 32, 64, 64)
+def train(network, n_steps=25):
+    rng = np.random.default_rng(0)
+    shape = (1 if network.alignment[0] == 1 else 16, 32, 32)
     optimizer, loss = torch.optim.Adam(network.parameters(), lr=1e-2), build_loss("dice_bce", 2)
-    for _ in range(n_steps):
+    for step in range(n_steps + 8):
         pairs = [make_cells(shape, rng) for _ in range(2)]
-        images = torch.from_numpy(np.stack([INPUTS.compute(image) for image, _ in pairs]))
-        optimizer.zero_grad()
-        loss(network(images), torch.from_numpy(np.stack([truth for _, truth in pairs]))).backward()
-        optimizer.step()
+        logits = network(torch.from_numpy(np.stack([INPUTS.compute(image) for image, _ in pairs])))
+        if step < n_steps:
+            optimizer.zero_grad()
+            loss(logits, torch.from_numpy(np.stack([truth for _, truth in pairs]))).backward()
+            optimizer.step()
+        if step == n_steps - 1:
+            # Few steps do not settle the running averages of batch norm: the last crops are averaged evenly instead.
+            for layer in network.modules():
+                if isinstance(layer, torch.nn.BatchNorm3d | torch.nn.BatchNorm2d):
+                    layer.reset_running_stats()
+                    layer.momentum = None
     return network.eval()
 
 
@@ -51,20 +61,32 @@ def cells():
 
 
 @pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    return train(build("unet3d", 2, width=0.15, voxel_size_nm=SECTIONS), np.random.default_rng(0))
+def volume(cells, tmp_path_factory):
+    path = tmp_path_factory.mktemp("segmenter") / "cells.zarr"
+    volume = create_volume(path, SHAPE, 1, np.float32, SECTIONS, (8, 8, 8), kind="image")
+    volume.write((0, 0, 0), cells[None])
+    return open_volume(path)
 
 
 @pytest.fixture(scope="module")
-def reach(network):
-    sample = INPUTS.compute(make_cells((32, 64, 64), np.random.default_rng(9))[0])
-    return measure_reach(network, sample, TOLERANCE)
+def network():
+    torch.manual_seed(0)
+    return train(build("unet3d", 2, width=0.1, voxel_size_nm=SECTIONS))
+
+
+@pytest.fixture(scope="module")
+def reach(network, cells):
+    return measure_reach(network, INPUTS.compute(cells), TOLERANCE)
 
 
 @pytest.fixture(scope="module")
 def step(network, reach):
     return SegmenterStep(network, INPUTS, reach, (64, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def whole(step, volume):
+    return predict(step, volume, (64, 64, 64))
 
 
 def predict(step, volume, core_shape):
@@ -79,38 +101,30 @@ def with_margin(step, margin):
     return replace(step, reach=Reach(margin, TOLERANCE, 0.0))
 
 
-def test_blocks_equal_whole_within_the_tolerance(step, cells, save_volume):
-    volume = save_volume(cells, voxel_size_nm=SECTIONS)
-    whole = predict(step, volume, (64, 64, 64))
+def test_blocks_equal_whole_within_the_tolerance(step, volume, whole):
     np.testing.assert_allclose(whole.sum(axis=0), 1, atol=1e-5)
     assert 0.1 < (whole[0] > 0.5).mean() < 0.9
-    for core_shape in [(8, 16, 16), (2, 40, 8)]:
-        difference = np.abs(predict(step, volume, core_shape) - whole).max()
-        assert difference <= TOLERANCE
+    for core_shape in [(24, 24, 24), (12, 40, 48)]:
+        assert np.abs(predict(step, volume, core_shape) - whole).max() <= TOLERANCE
 
 
-def test_half_the_halo_shows(step, cells, save_volume):
-    volume = save_volume(cells, voxel_size_nm=SECTIONS)
-    whole = predict(step, volume, (64, 64, 64))
-    full = np.abs(predict(step, volume, (8, 16, 16)) - whole).max()
+def test_half_the_halo_shows(step, volume, whole):
     half = with_margin(step, tuple(m // 2 for m in step.margin))
     assert max(half.margin) < max(step.margin)
-    difference = np.abs(predict(half, volume, (8, 16, 16)) - whole).max()
-    assert difference > TOLERANCE
-    assert difference > 3 * full
+    assert np.abs(predict(half, volume, (24, 24, 24)) - whole).max() > TOLERANCE
 
 
-def test_the_reach_is_whole_alignments_and_shorter_for_looser_tolerances(network, reach):
+def test_the_reach_is_whole_alignments_and_shorter_for_looser_tolerances(network, reach, cells):
     assert reach.error <= reach.tolerance == TOLERANCE
     assert all(m % a == 0 for m, a in zip(reach.margin, network.alignment, strict=True))
     assert 8 <= reach.margin[1] <= LARGEST_MARGIN
-    loose = measure_reach(network, None, 0.3)
-    assert all(a <= b for a, b in zip(loose.margin, measure_reach(network, None, 0.003).margin, strict=True))
+    loose = measure_reach(network, INPUTS.compute(cells), 0.5)
+    assert sum(loose.margin) < sum(reach.margin)
     assert Reach.from_dict(reach.to_dict()) == reach
 
 
 def test_a_pointwise_network_reaches_nowhere():
-    network = build("unet3d", 2, width=0.15).eval()
+    network = build("unet3d", 2, width=0.1).eval()
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if weight.ndim == 5 and weight.shape[2] == 3:
@@ -126,12 +140,12 @@ def test_a_pointwise_network_reaches_nowhere():
 def test_tiles_within_a_block_agree(step, cells):
     image = np.pad(cells[:22, :32, :40], [(h, h) for h in step.halo], mode="symmetric")[None]
     whole = replace(step, tile_shape=(24, 40, 40))(image)
-    for tile_shape in [(8, 16, 16), (24, 32, 8)]:
+    for tile_shape in [(12, 32, 40), (24, 16, 40)]:
         assert np.abs(replace(step, tile_shape=tile_shape)(image) - whole).max() <= TOLERANCE
 
 
 def test_probabilities_are_the_softmax_of_the_network(step, cells):
-    image = np.pad(cells[:16, :32, :32], [(h, h) for h in step.halo], mode="symmetric")
+    image = np.pad(cells[:8, :16, :16], [(h, h) for h in step.halo], mode="symmetric")
     z, y, x = (slice(h, n - h) for h, n in zip(step.halo, image.shape, strict=True))
     with torch.inference_mode():
         expected = step.network(torch.from_numpy(INPUTS.compute(image))[None]).softmax(dim=1)[0, :, z, y, x]
@@ -139,45 +153,43 @@ def test_probabilities_are_the_softmax_of_the_network(step, cells):
 
 
 def test_mirror_images_are_averaged(step, cells):
-    image = np.pad(cells[:16, :32, :32], [(h, h) for h in step.halo], mode="symmetric")[None]
+    image = np.pad(cells[:8, :16, :16], [(h, h) for h in step.halo], mode="symmetric")[None]
     mirrored = step(image[..., ::-1])[..., ::-1]
     both = replace(step, flips=((), (2,)))(image)
     np.testing.assert_allclose(both, (step(image) + mirrored) / 2, atol=1e-5)
 
 
-def test_filter_bank_channels_bring_their_own_halo(cells, save_volume):
+def test_filter_bank_channels_bring_their_own_halo(volume):
     stack = FeatureStack(FilterBank("edges", 3), SECTIONS)
     n = stack.n_features
     inputs = NetworkInput((0.5, *[0.0] * n), (0.6, *[1.0] * n), stack)
     torch.manual_seed(0)
-    network = build("unet3d", 2, in_channels=1 + n, width=0.15, voxel_size_nm=SECTIONS).eval()
+    network = build("unet3d", 2, in_channels=1 + n, width=0.1, voxel_size_nm=SECTIONS).eval()
     reach = measure_reach(network)
     step = SegmenterStep(network, inputs, reach, (16, 32, 32))
     assert all(h >= m + 1 and h % a == 0 for h, m, a in zip(step.halo, step.margin, step.alignment, strict=True))
-    volume = save_volume(cells, voxel_size_nm=SECTIONS)
     whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (64, 64, 64))
-    assert np.abs(predict(step, volume, (8, 16, 24)) - whole).max() <= reach.tolerance
+    assert np.abs(predict(step, volume, (24, 24, 48)) - whole).max() <= reach.tolerance
 
 
 @pytest.fixture(scope="module")
 def sections():
     torch.manual_seed(0)
     options = {"encoder": "plain", "width": 0.06, "voxel_size_nm": SECTIONS}
-    return train(build("unet2d", 2, **options), np.random.default_rng(0), 15)
+    return train(build("unet2d", 2, **options))
 
 
-def test_sections_need_no_neighbours(sections, cells, save_volume):
+def test_sections_need_no_neighbours(sections, cells, volume):
     reach = measure_reach(sections, INPUTS.compute(cells), TOLERANCE)
     step = SegmenterStep(sections, INPUTS, reach, (64, 64, 64))
     assert (step.halo[0], step.alignment[0]) == (0, 1)
     assert step.halo[1] > 0
-    volume = save_volume(cells, voxel_size_nm=SECTIONS)
     whole = predict(step, volume, (64, 64, 64))
-    np.testing.assert_allclose(predict(step, volume, (1, 64, 64)), whole, atol=1e-5)
-    assert np.abs(predict(step, volume, (23, 16, 16)) - whole).max() <= TOLERANCE
+    np.testing.assert_allclose(predict(step, volume, (6, 64, 64)), whole, atol=1e-5)
+    assert np.abs(predict(step, volume, (23, 32, 32)) - whole).max() <= TOLERANCE
 
 
-def test_three_axes_are_averaged(sections, cells, save_volume):
+def test_three_axes_are_averaged(sections, cells, volume):
     options = {"encoder": "plain", "width": 0.06}
     networks = [build("unet2d", 2, **options, voxel_size_nm=size) for size in [(9, 1, 1), (1, 9, 1), (1, 1, 9)]]
     average = build("unet2d", 2, **options, three_axes=True).eval()
@@ -191,9 +203,8 @@ def test_three_axes_are_averaged(sections, cells, save_volume):
     reach = measure_reach(average, INPUTS.compute(cells), TOLERANCE)
     step = SegmenterStep(average, INPUTS, reach, (32, 48, 48))
     assert min(step.halo) > 0
-    volume = save_volume(cells, voxel_size_nm=(5, 5, 5))
     whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (32, 48, 48))
-    assert np.abs(predict(step, volume, (16, 16, 32)) - whole).max() <= TOLERANCE
+    assert np.abs(predict(step, volume, (16, 32, 48)) - whole).max() <= TOLERANCE
 
 
 def test_steps_are_made_from_models(network, reach, cells):
@@ -203,12 +214,9 @@ def test_steps_are_made_from_models(network, reach, cells):
     step = make_segmenter_step(model, "cpu", Inference(flips=True, n_callers=2))
     assert step.reach == reach
     assert len(step.flips) == 4
-    assert step.tile_shape == (128, 128, 128)
-    assert make_segmenter_step(replace_training(model)).reach.margin != (0, 0, 0)
-
-
-def replace_training(model):
-    return SimpleNamespace(**{**vars(model), "training": {}})
+    assert step.tile_shape == choose_tile(network, INPUTS, reach, 2 * 10**9)
+    model.training = {}
+    assert make_segmenter_step(model).reach.margin != (0, 0, 0)
 
 
 def test_bfloat16_is_close(step, cells):

@@ -12,6 +12,7 @@ from voxclf.models.network_inputs import NetworkInput
 from voxclf.progress import last
 from voxclf.sampling import survey_labels
 from voxclf.training.held_out import HeldOut, choose_held_out, count_along_axes
+from voxclf.training.scored_windows import list_scored_windows, read_scored, scored_batches
 from voxclf.training.volume_memory import RememberedSource, cell_shape, remember
 from voxclf.training.windows import (
     LabelIndex,
@@ -19,11 +20,8 @@ from voxclf.training.windows import (
     WindowSampler,
     count_drawn,
     crop_form,
-    list_scored_windows,
     loss_weights,
     patch_form,
-    read_scored,
-    scored_batches,
     slab_forms,
     window_side,
 )

@@ -1,0 +1,68 @@
+"""How far a training is to go: rounds, steps, time, and the step size on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from voxclf.config import NetworkFitOptions
+from voxclf.training.training_state import TrainingState
+
+ROUND_STEPS = 100
+"""Most steps between two validations."""
+LEAST_ROUNDS = 10
+"""Rounds that a limited number of steps is divided into, so that there is a best one to choose."""
+WARM_UP = 0.3
+"""Part of a one-cycle schedule in which the step size rises (Smith and Topin 2018, arXiv 1708.07120)."""
+FIRST_FACTOR = 0.04
+
+
+def step_size_factor(schedule: str, done: float) -> float:
+    """What the learning rate is multiplied by when a part ``done`` (0 to 1) of the training is over."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "one_cycle":
+        if done < WARM_UP:
+            rise = 0.5 * (1 - math.cos(math.pi * done / WARM_UP))
+            return FIRST_FACTOR + (1 - FIRST_FACTOR) * rise
+        done = (done - WARM_UP) / (1 - WARM_UP)
+    # Not quite to zero, so that the last steps still count.
+    return max(1e-3, 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@dataclass
+class Plan:
+    """How far the training is to go, and how far it is."""
+
+    options: NetworkFitOptions
+    seed: int
+    state: TrainingState
+    n_reading: int
+
+    @property
+    def round_steps(self) -> int:
+        """Steps of a round."""
+        if self.options.steps is None:
+            return ROUND_STEPS
+        return min(ROUND_STEPS, max(1, self.options.steps // LEAST_ROUNDS))
+
+    @property
+    def last_step(self) -> int:
+        """Steps after which training ends in any case."""
+        most = self.options.epochs * self.round_steps
+        return most if self.options.steps is None else min(most, self.options.steps)
+
+    @property
+    def end_of_round(self) -> int:
+        """Step at which the round begun now ends."""
+        return min(self.state.step + self.round_steps, self.last_step)
+
+    @property
+    def n_rounds_left(self) -> int:
+        """Rounds still to do."""
+        return -(-(self.last_step - self.state.step) // self.round_steps)
+
+    def part_done(self, seconds: float) -> float:
+        """Part of the training that is over, by steps or by time, whichever is further."""
+        by_time = 0.0 if self.options.time is None else seconds / self.options.time
+        return min(1.0, max(by_time, self.state.step / max(1, self.last_step)))
