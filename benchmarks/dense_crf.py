@@ -1,38 +1,46 @@
-"""The dense CRF against pydensecrf: time, memory and error, interleaved in one run.
+"""The dense CRF against pydensecrf: time, memory and error, interleaved in one run; and blocks where one cannot go.
 
     python benchmarks/dense_crf.py                                  64³ and 128³, about five minutes on two cores
     python benchmarks/dense_crf.py --sizes 256 --repeats 1          the large case, 8 GB for pydensecrf
     python benchmarks/dense_crf.py --sizes 128 512 --device cuda    adds the GPU; pydensecrf is left out from 400³ up
+    python benchmarks/dense_crf.py --sizes --blocks 512             `voxclf crf-refine` within --memory, disk to disk
 
 Times are of whole calls, set-up included, after one call on a small volume that compiles or loads the loops. The
 contenders take turns, so that a busy machine slows both, and the best of the repeats counts. CPU time tells what a
 core does where wall time depends on who else computes. Peak memory is resident memory above the inputs, from a run
-of its own. Results go to benchmarks/results/dense_crf.md and .json.
+of its own; of blocks, all resident memory of the command. Rows of sizes that an earlier run measured are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 from scipy import ndimage
 
 from crf import DenseCRF
+from voxclf.config.base import parse_memory
+from voxclf.geometry import split_into_blocks
+from voxclf.volume import create_volume
 
-RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("numpy", "numba", "torch", "pydensecrf2")
+NAME, TITLE = "dense_crf", "The dense CRF against pydensecrf"
+EXPLANATION = (
+    "Six classes, ten iterations, set-up included, best of the repeats; ratios are of the last contender's time to "
+    "each. small, medium, large: reach of 3, 8, 20 voxels, intensity width 0.05, 0.1, 0.3, smoothing of 1, 2, 3. "
+    "Bytes per voxel: peak above the inputs. Rows measured by another run say so."
+)
 UNIT = (1.0, 1.0, 1.0)
 # Reach of the bilateral kernel in voxels, its intensity width, reach of the spatial kernel in voxels.
 SETTINGS = {"small": (3.0, 0.05, 1.0), "medium": (8.0, 0.1, 2.0), "large": (20.0, 0.3, 3.0)}
@@ -164,63 +172,102 @@ def errors(size: int, n_classes: int, setting: str) -> dict:
     return row
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    versions = {}
-    for package in ("numpy", "numba", "torch", "pydensecrf2"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS.parent
-    ).stdout.strip()
+def refine_in_blocks(size: int, setting: str, memory: str, n_threads: int) -> dict:
+    """`voxclf crf-refine` of a cube on disk: time, and all resident memory, against the budget."""
+    wide, intensity, near = SETTINGS[setting]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tissue(folder, size)
+        measured = run_voxclf(
+            *("crf-refine", folder / "probabilities.zarr", folder / "image.zarr", "-o", folder / "refined"),
+            *("--bilateral-sigma-nm", wide, "--intensity-sigma", intensity, "--spatial-sigma-nm", near),
+            *("--memory", memory, "--workers", n_threads, "--device", "cpu", "--no-pyramid"),
+        )
+    values = measured.values
+    return {"size": size, "setting": setting, "method": "crf-refine in blocks", "wall_s": round(measured.seconds, 1),
+            "memory_budget": parse_memory(memory), "peak_bytes": measured.peak_bytes, "n_blocks": values["n_blocks"],
+            "halo": values["halo"]}  # fmt: skip
+
+
+def write_tissue(folder: Path, size: int) -> None:
+    """Image and probabilities of a cube as OME-Zarr, from mirrored copies of a small one, block by block."""
+    image, probabilities = make_tissue(64)
+    arrays = {"image": image[None], "probabilities": np.rint(255 * probabilities).astype(np.uint8)}
+    shape = (size,) * 3
+    for kind, array in arrays.items():
+        volume = create_volume(folder / f"{kind}.zarr", shape, len(array), np.uint8, UNIT, kind=kind)  # type: ignore[arg-type]
+        for block in split_into_blocks(shape, (64, 64, 64)):
+            flips = [slice(None, None, -1 if start // 64 % 2 else 1) for start in block.core.start]
+            z, y, x = (slice(0, n) for n in block.core.shape)
+            volume.write(block.core.start, np.ascontiguousarray(array[:, *flips][:, z, y, x]))
+
+
+# --- results ---
+
+
+def lay_out(times: list[dict], wrong: list[dict]) -> list[str]:
+    """Times and memory, then errors if there are any."""
+    table = markdown_table(
+        ("voxels", "setting", "method", "wall s", "× wall", "CPU s", "× CPU", "bytes / voxel", "remark"),
+        (lay_out_time(row) for row in times),
+    )
+    if not wrong:
+        return table
+    rows = (
+        {
+            "voxels": f"{row['size']}³",
+            "classes": row["classes"],
+            "setting": row["setting"],
+            "method": method,
+            **{name: f"{row[method][name]:.1e}" for name in ("mean", "max")},
+            "labels %": f"{row[method]['labels_percent']:g}",
+        }
+        for row in wrong
+        for method in ("compiled", "pydensecrf")
+    )
+    said = "Difference from the exact mean field after ten iterations, full penalty matrices:"
+    columns = ("voxels", "classes", "setting", "method", "mean", "max", "labels %")
+    return [*table, "", said, "", *markdown_table(columns, rows)]
+
+
+def lay_out_time(row: dict) -> dict:
+    """One line of the first table."""
+    remarks = [f"measured {row['measured']}"] if "measured" in row else []
+    if "peak_bytes" in row:
+        remarks.append(
+            f"{row['n_blocks']} blocks, halo {row['halo'][0]}; peak {row['peak_bytes'] / 1e9:.2f} GB of a budget of "
+            f"{row['memory_budget'] / 1e9:g} GB"
+        )
     return {
-        "commit": commit or "none",
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        **versions,
+        "voxels": f"{row['size']}³",
+        "setting": row["setting"],
+        "method": row["method"],
+        "wall s": f"{row['wall_s']:.2f}",
+        "× wall": row.get("wall_ratio") or "",
+        "CPU s": f"{row['cpu_s']:.2f}" if "cpu_s" in row else "",
+        "× CPU": row.get("cpu_ratio") or "",
+        "bytes / voxel": row.get("bytes_per_voxel") or round(row.get("peak_bytes", 0) / row["size"] ** 3) or "",
+        "remark": "; ".join(remarks),
     }
 
 
-def _processor() -> str:
-    names = [line for line in _cpu_info().splitlines() if line.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+def keep_earlier(rows: list[dict], key: str, identity: tuple[str, ...]) -> list[dict]:
+    """These rows, after those that an earlier run measured of other cases, which say when."""
+    path = RESULTS / f"{NAME}.json"
+    if not path.exists():
+        return rows
+    earlier = json.loads(path.read_text())
+    measured = f"{earlier['machine']['date'][:10]} at {earlier['machine']['commit']}"
+    known = {tuple(row[name] for name in identity) for row in rows}
+    kept = [row for row in earlier["rows"].get(key, []) if tuple(row[name] for name in identity) not in known]
+    return [*({"measured": measured, **row} for row in kept), *rows]
 
 
-def _cpu_info() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def report(found: dict) -> str:
-    """The results as Markdown."""
-    lines = ["# Dense CRF against pydensecrf", "", f"Six classes, ten iterations, `{found['command']}`.", ""]
-    lines += [f"- {key}: {value}" for key, value in found["machine"].items()]
-    lines += [
-        "",
-        "| voxels | setting | method | wall s | × | CPU s | × | bytes / voxel |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['size']}³ | {r['setting']} | {r['method']} | {r['wall_s']:.2f} | {r['wall_ratio'] or ''} "
-        f"| {r['cpu_s']:.2f} | {r['cpu_ratio'] or ''} | {r['bytes_per_voxel'] or ''} |"
-        for r in found["times"]
-    ]
-    if found["errors"]:
-        lines += ["", "Difference from the exact mean field after ten iterations, full penalty matrices:", ""]
-        lines += ["| voxels | classes | setting | method | mean | max | labels % |", "|---|---|---|---|---|---|---|"]
-        lines += [
-            f"| {r['size']}³ | {r['classes']} | {r['setting']} | {m} | {r[m]['mean']:.1e} | {r[m]['max']:.1e} "
-            f"| {r[m]['labels_percent']:g} |"
-            for r in found["errors"]
-            for m in ("compiled", "pydensecrf")
-        ]
-    return "\n".join(lines) + "\n"
+def announce(facts: dict, times: list[dict], wrong: list[dict]) -> None:
+    """Publish what was measured, with what an earlier run did."""
+    times = sorted(keep_earlier(times, "times", ("size", "setting", "method")), key=lambda row: -row["size"])
+    wrong = keep_earlier(wrong, "errors", ("size", "setting", "classes"))
+    publish(NAME, TITLE, EXPLANATION, facts, {"times": times, "errors": wrong}, lay_out(times, wrong))  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -233,25 +280,29 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=0, help="edge of the cube to compare with the exact mean field")
     parser.add_argument("--classes", type=int, nargs="*", default=[N_CLASSES], help="classes for --exact")
     parser.add_argument("--skip-memory", action="store_true", help="leave out the run that measures memory")
+    parser.add_argument("--blocks", type=int, default=0, help="edge of the cube to refine in blocks, from disk to disk")
+    parser.add_argument("--memory", default="4GB", help="budget for --blocks")
     parser.add_argument("--peak-of", nargs=3, metavar=("FOLDER", "SETTING", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
         print_peak(*options.peak_of)
         return
-    found = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "times": [], "errors": []}
+    facts = describe_run(LIBRARIES, threads=options.threads)
+    times, wrong = [], []
     for size in options.sizes:
         for setting in options.settings:
             rows = compare(size, setting, options)
-            found["times"] += rows
+            times += rows
             print(*rows, sep="\n", flush=True)
-    if options.exact:
-        for n_classes in options.classes:
-            for setting in options.settings:
-                found["errors"].append(errors(options.exact, n_classes, setting))
-                print(found["errors"][-1], flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "crf.json").write_text(json.dumps(found, indent=1))
-    (RESULTS / "crf.md").write_text(report(found))
+    for n_classes in options.classes if options.exact else []:
+        for setting in options.settings:
+            wrong.append(errors(options.exact, n_classes, setting))
+            print(wrong[-1], flush=True)
+    if options.blocks:
+        for setting in options.settings:
+            times.append(refine_in_blocks(options.blocks, setting, options.memory, options.threads))
+            print(times[-1], flush=True)
+    announce(facts, times, wrong)
 
 
 if __name__ == "__main__":

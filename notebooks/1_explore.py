@@ -14,18 +14,18 @@
 # %% [markdown]
 # # Look before you train
 #
-# **Question.** You have a volume of electron microscopy and labels on a few slices. Before any model is trained: what is
-# labelled, and how evenly? Do grey values separate the classes? Is the volume sound? Will these few slices do?
+# **Question.** You have a volume of electron microscopy and labels on a few slices. Before any model is trained: what
+# is labelled, and how evenly? Do grey values separate the classes? Is the volume sound? Will these few slices do?
 #
 # **Data.** By default the built-in phantom: a made-up piece of brain tissue of 96³ voxels of 5 nm, with labels on one
-# slice across each axis. Set `DATA` to `"vnc"` (ssTEM of fly nerve cord, three labelled slices) or `"flyem"` (FIB-SEM of
-# fly medulla, three crossing slices) to read real volumes from the folder `VOXCLF_DATA`.
+# slice across each axis. Set `DATA` to `"vnc"` (ssTEM of fly nerve cord, three labelled slices) or `"flyem"` (FIB-SEM
+# of fly medulla, three crossing slices) to read real volumes from the folder `VOXCLF_DATA`.
 #
 # **Answer.** Half of the labelled voxels or more belong to one class, and some classes have next to none. Every
 # statistical test says that grey values differ between classes, because a test of 10⁵ voxels always does. The effect
-# sizes say which pairs really differ, and the best rule on grey values alone shows how far that carries: not far enough.
-# Texture and surroundings have to do the rest ([notebook 2](2_features_and_trees.ipynb)). The learning curve at the end
-# says what another labelled slice would bring.
+# sizes say which pairs really differ, and the best rule on grey values alone shows how far that carries: not far
+# enough. Texture and surroundings have to do the rest ([notebook 2](2_features_and_trees.ipynb)). The learning curve
+# at the end says what another labelled slice would bring.
 #
 # `voxclf explore VOLUME LABELS -o OUT` writes all of this as one page.
 
@@ -80,8 +80,8 @@ Markdown(
 Image(figures.render_jpeg(figures.draw_montage(cut_montage(found, config), labels), dpi=70))
 
 # %% [markdown]
-# Classes are far from even. A model that sees voxels as they come learns the common classes and forgets the rare ones,
-# and accuracy would not even notice; hence macro F1 everywhere below, to which every class counts alike.
+# Classes are far from even. A model that sees voxels as they come learns the common classes and forgets the rare
+# ones, and accuracy would not even notice; hence macro F1 everywhere below, to which every class counts alike.
 
 # %%
 figures.draw_label_distribution(profiles.counts, labels)
@@ -96,14 +96,15 @@ figures.draw_label_coverage(profiles.along, labels, found.shape)
 # %% [markdown]
 # ## Do grey values separate the classes?
 #
-# Every line has the same area, however rare its class. Where lines lie over each other, grey value alone cannot decide.
+# Every line has the same area, however rare its class. Where lines lie over each other, grey value alone cannot
+# decide.
 
 # %%
 figures.draw_intensity_histograms(report.coarse.grey, report.coarse.counts, labels, report.coarse.overall)
 
 # %% [markdown]
-# Three classical tests: is each class normally distributed (D'Agostino and Pearson)? Do the means differ at all (one-way
-# ANOVA)? Which pairs of means differ (Welch's t)?
+# Three classical tests: is each class normally distributed (D'Agostino and Pearson)? Do the means differ at all
+# (one-way ANOVA)? Which pairs of means differ (Welch's t)?
 
 # %%
 rows = [
@@ -115,10 +116,11 @@ anova = f"\n\nANOVA: F = {report.anova.f:,.0f}, p = {report.anova.p:.2g}, η² =
 Markdown(head + "\n".join(rows) + anova)
 
 # %% [markdown]
-# Nearly all p values are tiny, and that says little: with this many voxels the smallest difference is significant, and
-# neighbouring voxels are no independent witnesses anyway. What to read is the size of the effect. η² is the share of the
-# grey values' variance that lies between classes. Cohen's d is the distance of two means in standard deviations: 0.2 is
-# small, 0.8 is large, and even at 2 one voxel in six lies nearer to the other class's mean than to its own.
+# Nearly all p values are tiny, and that says little: with this many voxels the smallest difference is significant,
+# and neighbouring voxels are no independent witnesses anyway. What to read is the size of the effect. η² is the share
+# of the grey values' variance that lies between classes. Cohen's d is the distance of two means in standard
+# deviations: 0.2 is small, 0.8 is large, and even at 2 one voxel in six lies nearer to the other class's mean than to
+# its own.
 
 # %%
 figures.draw_pairs(report.effects(), labels, "Cohen's d", limit=2.0)
@@ -140,8 +142,8 @@ Markdown(head + "\n".join(rows))
 # %% [markdown]
 # ## How far would grey value alone carry?
 #
-# The best rule there is (Bayes' rule on the histograms above, each voxel left out of the histogram that judges it) is an
-# upper bound for every model that sees one voxel at a time:
+# The best rule there is (Bayes' rule on the histograms above, each voxel left out of the histogram that judges it) is
+# an upper bound for every model that sees one voxel at a time:
 
 # %%
 apart = report.separability
@@ -165,7 +167,9 @@ figures.draw_bars(labels.names, apart.recall, "share of the class that the best 
 
 # %%
 sizes = found.voxel_size_nm
-kept = [min(len(values), max(3, int(400 / size))) for values, size in zip(found.texture.autocorrelation, sizes, strict=True)]
+kept = [
+    min(len(values), max(3, int(400 / size))) for values, size in zip(found.texture.autocorrelation, sizes, strict=True)
+]
 curves = [
     figures.Curve(axis, (np.arange(n) * size).tolist(), values[:n].tolist())
     for axis, values, size, n in zip("zyx", found.texture.autocorrelation, sizes, kept, strict=True)
@@ -173,8 +177,8 @@ curves = [
 figures.draw_curves(curves, "distance (nm)", "correlation")
 
 # %% [markdown]
-# Each slice against the next one and the one after. A dip would be a damaged or missing slice; crossing lines, slices out
-# of order.
+# Each slice against the next one and the one after. A dip would be a damaged or missing slice; crossing lines, slices
+# out of order.
 
 # %%
 z = list(range(found.shape[0]))
@@ -195,8 +199,8 @@ Markdown(
 # ## Will these few slices do?
 #
 # Forests trained on growing parts of the labels, each scored on a slab that lies at least as far away as its features
-# reach; what lies in that gap is lost for training, so the last point stands for fewer slices than there are. The band
-# is what a power law through the points leaves open; right of the last point nothing was measured.
+# reach; what lies in that gap is lost for training, so the last point stands for fewer slices than there are. The
+# band is what a power law through the points leaves open; right of the last point nothing was measured.
 
 # %%
 curve = found.curve
@@ -209,7 +213,7 @@ figures.draw_learning_curve(measured, law, "labelled slices' worth", "macro F1 o
 # %%
 one, twice = curve.expect_gain(1), curve.expect_gain(curve.n_slices_now)
 Markdown(
-    f"One more slice like these is expected to add **{one.value:+.3f}** macro F1 (95 %: {one.low:+.3f} to {one.high:+.3f}), "
-    f"twice the labels {twice.value:+.3f} ({twice.low:+.3f} to {twice.high:+.3f}). Compare that with what better features "
-    "bring for nothing in [notebook 2](2_features_and_trees.ipynb), and with an hour of labelling."
+    f"One more slice like these is expected to add **{one.value:+.3f}** macro F1 (95 %: {one.low:+.3f} to "
+    f"{one.high:+.3f}), twice the labels {twice.value:+.3f} ({twice.low:+.3f} to {twice.high:+.3f}). Compare that with "
+    "what better features bring for nothing in [notebook 2](2_features_and_trees.ipynb), and with an hour of labelling."
 )

@@ -14,18 +14,18 @@
 # %% [markdown]
 # # What features are worth
 #
-# **Question.** A study of CA1 tissue classified voxels with trees, on the grey value alone and on eight features (Sobel,
-# Prewitt, Laplace), and found the eight hardly better than the one: macro F1 0.32 against 0.28. Trees were given up for
-# networks. Were the trees to blame, or the features?
+# **Question.** A study of CA1 tissue classified voxels with trees, on the grey value alone and on eight features
+# (Sobel, Prewitt, Laplace), and found the eight hardly better than the one: macro F1 0.32 against 0.28. Trees were
+# given up for networks. Were the trees to blame, or the features?
 #
 # **Data.** By default the built-in phantom, 96³ voxels of 5 nm with labels on one slice across each axis; models are
-# scored on voxels of the rest, whose truth is known. `DATA = "vnc"` or `"flyem"` reads real volumes from `VOXCLF_DATA`
-# and scores on their validation slices.
+# scored on voxels of the rest, whose truth is known. `DATA = "vnc"` or `"flyem"` reads real volumes from
+# `VOXCLF_DATA` and scores on their validation slices.
 #
 # **Answer.** The features. The code of the study flattened each slice into one long column before filtering, so its
-# filters never saw more than the neighbours to the left and right, and one of the two Sobel filters saw nothing at all.
-# Filtering the slice as a picture helps a little. Filtering at several scales helps far more than changing the model: with
-# it, every tree model does what none did without.
+# filters never saw more than the neighbours to the left and right, and one of the two Sobel filters saw nothing at
+# all. Filtering the slice as a picture helps a little. Filtering at several scales helps far more than changing the
+# model: with it, every tree model does what none did without.
 
 # %%
 # %matplotlib inline
@@ -74,15 +74,15 @@ K = label_set.n_classes
 surveys = {labels: last(survey_labels(labels, 0)).total for labels in (train, test)}
 Markdown(
     f"{' × '.join(map(str, volume.shape))} voxels of {' × '.join(f'{s:g}' for s in volume.voxel_size_nm)} nm; "
-    f"{sum(surveys[train].counts.values()):,} labelled to train on, {sum(surveys[test].counts.values()):,} to score on; "
-    f"classes: {', '.join(label_set.names)}."
+    f"{sum(surveys[train].counts.values()):,} labelled to train on, {sum(surveys[test].counts.values()):,} to score "
+    f"on; classes: {', '.join(label_set.names)}."
 )
 
 # %% [markdown]
 # ## The same voxels, four times
 #
-# 12,000 labelled voxels to train on (classes by the root of their frequency) and 30,000 to score on, drawn evenly. The
-# voxels are the same for all four sets of features:
+# 12,000 labelled voxels to train on (classes by the root of their frequency) and 30,000 to score on, drawn evenly.
+# The voxels are the same for all four sets of features:
 #
 # - **1 feature**: the grey value.
 # - **8 features, flattened**: the eight filters, on each slice flattened into a column, as the study did it.
@@ -122,8 +122,8 @@ classes, places = drawn["1 feature", train].training.classes, drawn["1 feature",
 truth, test_places = drawn["1 feature", test].evaluation.classes, drawn["1 feature", test].evaluation.positions
 
 # %% [markdown]
-# The flattened filters, slice by slice. A column has width one, so "along x" there is nothing to differ from, and "along y"
-# are the left and right neighbours.
+# The flattened filters, slice by slice. A column has width one, so "along x" there is nothing to differ from, and
+# "along y" are the left and right neighbours.
 
 # %%
 flattened = {"train": np.zeros((8, len(places)), np.float32), "test": np.zeros((8, len(test_places)), np.float32)}
@@ -156,12 +156,14 @@ views = [
 Image(figures.render_jpeg(figures.draw_montage(views, None), dpi=75))
 
 # %% [markdown]
-# The second panel is empty: the feature is 0 everywhere. In the third, borders that run from left to right are missing.
+# The second panel is empty: the feature is 0 everywhere. In the third, borders that run from left to right are
+# missing.
 
 # %% [markdown]
 # ## Table 2, done again
 #
-# Four tree models, macro F1 / average precision (one against the rest, class mean) / Cohen's κ on the voxels to score on.
+# Four tree models, macro F1 / average precision (one against the rest, class mean) / Cohen's κ on the voxels to score
+# on.
 
 # %%
 MODELS = ("decision_tree", "random_forest", "adaboost", "gradient_boosting")
@@ -174,13 +176,16 @@ fitted = {
     for name in SETS
 }
 scores = {
-    key: ScoredLabels.from_tables(score_block(truth, one.model.predict_probabilities(scoring[key[1]]), None, K), "").scores
+    key: ScoredLabels.from_tables(
+        score_block(truth, one.model.predict_probabilities(scoring[key[1]]), None, K), ""
+    ).scores
     for key, one in fitted.items()
 }
 rows = [
     f"| {model.replace('_', ' ')} | "
     + " | ".join(
-        f"**{s.macro_f1:.3f}** / {s.macro_average_precision:.3f} / {s.kappa:.3f}" for s in (scores[model, n] for n in SETS)
+        f"**{s.macro_f1:.3f}** / {s.macro_average_precision:.3f} / {s.kappa:.3f}"
+        for s in (scores[model, n] for n in SETS)
     )
     + " |"
     for model in MODELS
@@ -190,8 +195,8 @@ Markdown(f"| | {' | '.join(SETS)} |\n|---|{'---|' * len(SETS)}\n" + "\n".join(ro
 # %% [markdown]
 # For comparison, what the study reported, on its own data: tree .278/.345/.656 on one feature and .317/.261/.584 on
 # eight, forest .278/.345/.655 and .319/.315/.618, AdaBoost .277/.219/.654 and .281/.212/.671, gradient boosting
-# .278/.346/.656 and .282/.355/.676. The pattern is that of our first three columns: eight features at one scale bring a
-# few hundredths, whichever model reads them.
+# .278/.346/.656 and .282/.355/.676. The pattern is that of our first three columns: eight features at one scale bring
+# a few hundredths, whichever model reads them.
 
 # %%
 best = {name: max(scores[model, name].macro_f1 for model in MODELS) for name in SETS}
@@ -212,7 +217,8 @@ figures.draw_bars(
 # ## Without labels: a Gaussian mixture
 #
 # It starts from the classes' means and shares and then fits the grey values alone, so its groups need not be classes.
-# Mutual information (nats; 0 is none) and adjusted Rand index (0 is chance, 1 is the same partition) say how far they are.
+# Mutual information (nats; 0 is none) and adjusted Rand index (0 is chance, 1 is the same partition) say how far they
+# are.
 
 # %%
 rows = []
@@ -226,8 +232,8 @@ for name in SETS:
 Markdown("| | mutual information | adjusted Rand index |\n|---|--:|--:|\n" + "\n".join(rows))
 
 # %% [markdown]
-# More features do not make an unsupervised model better: it spends its Gaussians on what varies most, which need not be
-# what we call a class.
+# More features do not make an unsupervised model better: it spends its Gaussians on what varies most, which need not
+# be what we call a class.
 
 # %% [markdown]
 # ## What several scales do
@@ -244,11 +250,13 @@ for sigma in bank.sigmas_nm:
         predicted = forest.predict_probabilities(np.ascontiguousarray(scoring["multiscale"][chosen]))
         curves[kind].append(ScoredLabels.from_tables(score_block(truth, predicted, None, K), "").scores.macro_f1)
 sigmas = list(bank.sigmas_nm)
-figures.draw_curves([figures.Curve(kind, sigmas, values) for kind, values in curves.items()], "scale σ (nm)", "macro F1")
+figures.draw_curves(
+    [figures.Curve(kind, sigmas, values) for kind, values in curves.items()], "scale σ (nm)", "macro F1"
+)
 
 # %% [markdown]
-# No single scale does what all of them do together: the fine ones see membranes, the coarse ones what lies around. The
-# forest on all of them leans on these features most:
+# No single scale does what all of them do together: the fine ones see membranes, the coarse ones what lies around.
+# The forest on all of them leans on these features most:
 
 # %%
 forest = fitted["random_forest", "multiscale"]

@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from voxclf.audit_regions import ContextFold, Contradiction, ContradictionFold, cut_plane_tiles, log_context
+from voxclf.audit_regions import (
+    ContextFold,
+    Contradiction,
+    ContradictionFold,
+    cut_plane_tiles,
+    log_context,
+    weigh_by_surprise,
+)
 from voxclf.audit_slices import REACH, SliceFold, SliceShift, find_shifts, join_tiles
 from voxclf.config import AuditConfig, FitOptions
 from voxclf.engine.executors import Executor, make_executor
@@ -113,7 +120,8 @@ def audit_labels(config: AuditConfig, progress: Progress = silent) -> Audit:
     planes = choose_planes(profiles)
     out_of_fold, split = _predict_without(job, profiles, folder)
     shifts = _check_positions(job, planes, out_of_fold)
-    found = _find_regions(job, planes, out_of_fold, {(shift.axis, shift.position) for shift in shifts})
+    shifted = {(shift.axis, shift.position) for shift in shifts}
+    found = _find_regions(job, planes, out_of_fold, shifted, profiles.counts)
     return Audit(
         tuple(sorted(shifts, key=lambda shift: -shift.evidence)),
         tuple(sorted(found, key=lambda region: -region.evidence)[: config.top]),
@@ -262,7 +270,11 @@ def _check_positions(job: _Job, planes: tuple[list[int], ...], out_of_fold: Volu
 
 
 def _find_regions(
-    job: _Job, planes: tuple[list[int], ...], out_of_fold: Volume, shifted: set[tuple[int, int]]
+    job: _Job,
+    planes: tuple[list[int], ...],
+    out_of_fold: Volume,
+    shifted: set[tuple[int, int]],
+    n_labelled: np.ndarray,
 ) -> list[Contradiction]:
     """All contradictions of slices that lie where they should: in the others everything is contradicted."""
     found: list[Contradiction] = []
@@ -273,9 +285,9 @@ def _find_regions(
         size, n_voxels = job.volume.shape[axis], sum(tile.core.n_voxels for tile in tiles)
         counting = fold_blocks(ContextFold(job.label_set, axis, size), [job.labels], tiles, job.executor)
         context = log_context(last(job.progress("context", counting, n_voxels, "voxel")).total)
-        fold = ContradictionFold(job.label_set, axis, size, context, job.config.smallest, job.config.top)
+        fold = ContradictionFold(job.label_set, axis, size, context, job.config.smallest, 2 * job.config.top)
         looking = fold_blocks(fold, [job.labels, out_of_fold, job.volume], tiles, job.executor)
-        found += last(job.progress("contradictions", looking, n_voxels, "voxel")).total
+        found += weigh_by_surprise(last(job.progress("contradictions", looking, n_voxels, "voxel")).total, n_labelled)
     return found
 
 

@@ -161,8 +161,8 @@ def _render_page(audit: Audit, config: AuditConfig) -> str:
         "A model that has not seen these labels would have drawn something else here. That is a reason to look, not a "
         "verdict: where a class is rare or looks like another, the model may be the one that is wrong. Evidence is "
         "the mean margin in probability between the suggested class and the given one, times the root of the size, "
-        "in which thin rims count little. Pictures: image, labels as drawn, as the models would draw them, and where "
-        "the two differ.",
+        "in which thin rims count little, and less where models contradict this class so all over. Pictures: image, "
+        "labels as drawn, as the models would draw them, and where the two differ.",
     ]
     kinds = [f["kind"] for f in list_findings(audit)]
     rows = [[KINDS[kind], kinds.count(kind)] for kind in KINDS if kind in kinds]

@@ -15,7 +15,7 @@ A plane is what a person drew. In each one:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,11 @@ LARGEST_OVERLAP = 0.3
 """Share of a candidate that may lie in better ones."""
 LEAST_CONTACT = 0.1
 """Share of a part's border that must touch the suggested class for it to be called a leak."""
+OBJECT_WEIGHT = 1.5
+"""A whole piece counts more than a part of one: its border was drawn by somebody who saw one there, while a part's is
+a model's opinion."""
+COMMON, RARE = 0.9, 1e-3
+"""Shares between which the surprise of a contradiction is measured."""
 PRIOR_COUNT = 20.0
 FLOOR = 0.02
 TILE = 2048
@@ -78,6 +83,30 @@ class Contradiction:
     n_voxels: int
     margin: float
     evidence: float
+
+
+@dataclass(frozen=True)
+class Contradictions:
+    """The contradictions of some tiles; those of tiles add up.
+
+    ``voxels`` counts, in all parts of labels that models contradict, voxels by given (row) and suggested class.
+    """
+
+    regions: tuple[Contradiction, ...]
+    voxels: NDArray[np.int64]
+
+    def __add__(self, other: Contradictions) -> Contradictions:
+        return Contradictions(self.regions + other.regions, self.voxels + other.voxels)
+
+
+def weigh_by_surprise(found: Contradictions, n_labelled: NDArray[np.int64]) -> list[Contradiction]:
+    """Give contradictions that are common among the labels less evidence; ``n_labelled`` is per class, (K,)."""
+    shares = found.voxels / np.maximum(n_labelled, 1)[:, None]
+    surprise = -np.log(np.clip(shares, RARE, COMMON))
+    return [
+        replace(region, evidence=region.evidence * float(surprise[region.given, region.suggested]))
+        for region in found.regions
+    ]
 
 
 def cut_plane_tiles(region: Region, axis: int, margin: int) -> list[Block]:
@@ -153,12 +182,13 @@ class ContradictionFold:
 
     def __call__(
         self, block: Block, labels: NDArray[Any], probabilities: NDArray[Any], image: NDArray[Any]
-    ) -> tuple[Contradiction, ...]:
+    ) -> Contradictions:
         """Arrays are (C, Z, Y, X), three planes thick."""
         before, given, after = _plane_classes(labels, block, self.axis, self.size, self.label_set)
         stored = plane_stack(probabilities, self.axis)[:, 1]
+        voxels = np.zeros((self.label_set.n_classes, self.label_set.n_classes), np.int64)
         if not (given >= 0).any():
-            return ()
+            return Contradictions((), voxels)
         posterior = self._weigh(stored, before, after)
         # A slab without a model left zeros: there is nothing to contradict with.
         given = np.where(stored.any(axis=0), given, np.int16(-1))
@@ -167,9 +197,12 @@ class ContradictionFold:
             for kind, pieces in self._draw_candidates(given, posterior)
             for candidate in _measure(kind, pieces, given, posterior, self.smallest)
         ]
+        for candidate in candidates:
+            if candidate.kind == "part":
+                voxels[candidate.given, candidate.suggested] += candidate.n_voxels
         kept = _drop_overlapping(candidates, given.shape, self.limit)
         edges = _edge_strength(plane_stack(image, self.axis)[0, 1])
-        return tuple(self._describe(candidate, given, edges, block) for candidate in kept)
+        return Contradictions(tuple(self._describe(candidate, given, edges, block) for candidate in kept), voxels)
 
     def _weigh(self, stored: NDArray[Any], before: NDArray[np.int16], after: NDArray[np.int16]) -> NDArray[np.float32]:
         from scipy import ndimage
@@ -282,7 +315,7 @@ def _measure(
                 int(suggested[i]),
                 int(sizes[i]),
                 float(margins[i]),
-                float(margins[i] * np.sqrt(weights[i])),
+                float(margins[i] * np.sqrt(weights[i])) * (OBJECT_WEIGHT if kind == "object" else 1.0),
             )
         )
     return found

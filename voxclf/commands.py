@@ -78,7 +78,7 @@ def _pretrain(config: cfg.PretrainConfig, progress: Progress) -> CommandResult:
     losses = [entry["validation_loss"] for entry in result.history]
     return CommandResult(
         [
-            f"loss         {losses[0]:.4f} > {min(losses):.4f}; {len(losses)} rounds, {result.n_patches_seen:,} patches",
+            f"loss         {losses[0]:.4f} > {min(losses):.4f}, {len(losses)} rounds, {result.n_patches_seen} patches",
             f"written to   {config.output}; use it with voxclf fit --model {config.model} --init {config.output}",
         ],
         {"output": config.output, "history": result.history, "seconds": result.seconds},

@@ -117,7 +117,7 @@ def draw_predictions(
     plane = planes[axis]
     drawn = labels.remap_to_indices(truth.read(plane.start, plane.stop)[0])
     z, y, x = volume.voxel_size_nm
-    views = []
+    views: list[PlaneView] = []
     for standing in standings:
         predicted = open_volume(standing.runs[0].prediction / LABELS, kind="labels").read(plane.start, plane.stop)[0]
         arrays = [volume.read(plane.start, plane.stop)[0], drawn, labels.remap_to_indices(predicted)]

@@ -209,7 +209,7 @@ def summarise(comparison: Comparison) -> str:
         text += f" These labels do not tell it apart from {_join(by_verdict['not told apart'])}."
     if by_verdict["worse"]:
         verb = "is" if len(by_verdict["worse"]) == 1 else "are"
-        text += f" Beyond doubt, {_join(by_verdict['worse'])} {verb} worse."
+        text += f" On these labels {_join(by_verdict['worse'])} {verb} worse by more than chance (95 %)."
     return text
 
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from voxclf.predict import predict_volume
 from voxclf.progress import Progress
 from voxclf.refine import refine_volume, tune_parameters
 from voxclf.summary import describe_cross_validation
+
+if TYPE_CHECKING:
+    from voxclf.models.network_model import NetworkModel
 
 RUNS = "runs"
 
@@ -185,7 +188,7 @@ def count_parameters(result: FitResult) -> int:
     """Numbers that were learned: nodes of all trees, components and weights of a mixture, parameters of a network."""
     model = result.model
     if not isinstance(model, TreeModel):
-        return sum(parameter.numel() for parameter in model.network.parameters())
+        return sum(parameter.numel() for parameter in cast("NetworkModel", model).network.parameters())
     return sum(
         classifier.n_nodes
         if isinstance(classifier, PackedForest)
@@ -263,11 +266,12 @@ def _score(ground: Ground, prediction: Path, record: Path, progress: Progress) -
 
 def save_tables(tables: CellTables, path: Path) -> None:
     """Write score tables by cell as arrays; :func:`load_tables` reads them back."""
-    stacked = {
+    stacked: dict[str, Any] = {
         field.name: np.stack([getattr(part, field.name) for part in tables.cells]) for field in fields(ScoreTables)
     }
     partial = path.with_name(f".{os.getpid()}.{path.name}")
-    np.savez_compressed(partial, cells=np.array(sorted(tables.by_cell)), **stacked)
+    stacked["cells"] = np.array(sorted(tables.by_cell))
+    np.savez_compressed(partial, **stacked)
     partial.replace(path)
 
 

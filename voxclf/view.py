@@ -25,7 +25,7 @@ from voxclf.labels import LabelSet
 from voxclf.predict import LABELS, PROBABILITIES
 from voxclf.provenance import IntensityStatistics
 from voxclf.view_server import HOST, FolderSource, Source, ViewServer, VolumeSource
-from voxclf.view_state import image_layer, label_layer, make_state, probability_layer, to_fragment
+from voxclf.view_state import image_layer, label_layer, make_state, probability_layers, to_fragment
 from voxclf.volume import Volume, open_volume
 
 DEFAULT_PORT = 9280
@@ -142,9 +142,7 @@ def scene_state(scene: Scene, address: str) -> dict[str, Any]:
         elif layer.name == "labels":
             layers.append(label_layer(layer.name, source, layer.label_set))
         elif scene.label_set is not None:
-            layers.append(
-                probability_layer(layer.name, source, scene.label_set, layer.volume.dtype, scene.voxel_size_nm)
-            )
+            layers += probability_layers(source, scene.label_set, layer.volume.dtype)
     return make_state(layers, scene.voxel_size_nm, scene.position, scene.shape)
 
 

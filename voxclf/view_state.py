@@ -15,9 +15,6 @@ import numpy as np
 from voxclf.geometry import VoxelSize, Zyx
 from voxclf.labels import LabelSet
 
-MOST_CHANNELS = 16
-"""Classes that the shader of a probability layer mixes; a graphics card refuses very long ones."""
-
 IMAGE_SHADER = "#uicontrol invlerp normalized\nvoid main() { emitGrayscale(normalized()); }\n"
 
 
@@ -44,40 +41,24 @@ def label_layer(name: str, source: str, label_set: LabelSet | None) -> dict[str,
     return layer
 
 
-def probability_layer(
-    name: str, source: str, label_set: LabelSet, dtype: np.dtype, voxel_size_nm: VoxelSize
-) -> dict[str, Any]:
-    """Probabilities of all classes in one layer: every class shines in its colour as far as it is probable."""
-    axes = dimensions(voxel_size_nm)
-    # A channel dimension, marked by ^, is one that a shader reads instead of one that a slider walks along.
-    output = {"c^": [1, ""], **{axis: axes[axis] for axis in "zyx"}}
-    return {
-        "type": "image",
-        "name": name,
-        "source": {"url": source, "transform": {"outputDimensions": output}},
-        "channelDimensions": {"c^": [1, ""]},
-        "shader": mix_shader(label_set, dtype),
-        "opacity": 0.7,
-        "visible": False,
-    }
-
-
-def mix_shader(label_set: LabelSet, dtype: np.dtype) -> str:
-    """Add up the class colours, each weighed with its probability; a checkbox per class switches it off."""
-    value = "getDataValue({k})" if dtype.kind == "f" else "toNormalized(getDataValue({k}))"
-    lines, terms = [], []
-    for k in range(min(label_set.n_classes, MOST_CHANNELS)):
-        red, green, blue = (f"{v / 255:.4f}" for v in label_set.rgb[k])
-        lines.append(f"#uicontrol bool {_identifier(label_set.names[k], k)} checkbox(default=true)")
-        colour = f"vec3({red}, {green}, {blue})"
-        terms.append(f"  if ({_identifier(label_set.names[k], k)}) colour += {value.format(k=k)} * {colour};")
-    return "\n".join([*lines, "void main() {", "  vec3 colour = vec3(0.0);", *terms, "  emitRGB(colour);", "}"]) + "\n"
-
-
-def _identifier(name: str, k: int) -> str:
-    """A class's name as a shader allows it: letters and digits, made unlike all others by its number."""
-    kept = "".join(character if character.isascii() and character.isalnum() else "_" for character in name)
-    return f"show_{k}_{kept}".rstrip("_").replace("__", "_")
+def probability_layers(source: str, label_set: LabelSet, dtype: np.dtype) -> list[dict[str, Any]]:
+    """Probabilities as a layer per class, off at first: its colour, opaque where it is certain."""
+    value = "getDataValue()" if dtype.kind == "f" else "toNormalized(getDataValue())"
+    return [
+        {
+            "type": "image",
+            "name": f"p({name})",
+            "source": source,
+            # What neuroglancer calls the channel axis of OME-Zarr; every layer stands at its own class on it.
+            "localDimensions": {"c'": [1, ""]},
+            "localPosition": [k],
+            "shader": f'#uicontrol vec3 colour color(default="{colour.lower()}")\n'
+            f"void main() {{ emitRGBA(vec4(colour, {value})); }}\n",
+            "opacity": 1,
+            "visible": False,
+        }
+        for k, (name, colour) in enumerate(zip(label_set.names, label_set.colours, strict=True))
+    ]
 
 
 def make_state(

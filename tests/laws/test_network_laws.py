@@ -1,4 +1,4 @@
-"""The engine's laws for networks: blocks equal the whole, a halo of one voxel less does not, threads share a network."""
+"""The engine's laws for networks: blocks equal the whole, a halo of one voxel less fails, threads share a network."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def settle(network, patch):
     """Give batch norm the statistics of an image and the head a spread of logits of 1, as training would."""
     import torch
 
-    image = (draw_cells((24, 32, 32), seed=3)[0].astype(np.float32) - 110) / 50
+    image = (draw_cells((36, 40, 40), seed=3)[0].astype(np.float32) - 110) / 50
     starts = np.random.default_rng(0).integers(0, np.array(image.shape) - patch, (64, 3))
     patches = [image[tuple(slice(a, a + n) for a, n in zip(start, patch, strict=True))] for start in starts]
     batch = torch.from_numpy(np.stack(patches))[:, None]

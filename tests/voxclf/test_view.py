@@ -18,7 +18,7 @@ from voxclf.config import ViewConfig, make_config
 from voxclf.labels import LabelSet
 from voxclf.view import LazyArray, NeuroglancerView, make_sources, open_scene, scene_state
 from voxclf.view_server import FolderSource, ViewServer, VolumeSource
-from voxclf.view_state import mix_shader, to_fragment
+from voxclf.view_state import probability_layers, to_fragment
 from voxclf.volume import create_volume, open_volume
 
 SIZE = (20.0, 10.0, 10.0)
@@ -141,20 +141,19 @@ def test_the_state_names_sources_colours_and_place(project):
     state = scene_state(scene(at="3,4,5"), "http://127.0.0.1:1")
     assert state["dimensions"] == {"x": [1e-8, "m"], "y": [1e-8, "m"], "z": [2e-8, "m"]}
     assert state["position"] == [5.5, 4.5, 3.5]
-    image, labels, probabilities = state["layers"]
+    image, labels, *probabilities = state["layers"]
     assert image["source"] == "zarr://http://127.0.0.1:1/data/image/"
     assert labels["segmentColors"] == {str(i): c.lower() for i, c in zip(CLASSES.ids, CLASSES.colours, strict=True)}
     assert labels["segments"] == ["1", "2", "3"]
-    assert probabilities["channelDimensions"] == {"c^": [1, ""]}
+    assert [(p["name"], p["localPosition"]) for p in probabilities][1] == ("p(cell membrane)", [1])
     assert json.loads(unquote(to_fragment(state).removeprefix("#!"))) == state
 
 
-def test_the_shader_weighs_each_class_with_its_colour():
-    shader = mix_shader(CLASSES, np.dtype(np.uint8))
-    assert "#uicontrol bool show_1_cell_membrane checkbox(default=true)" in shader
-    red = int(CLASSES.colours[2][1:3], 16) / 255
-    assert f"if (show_2_blob) colour += toNormalized(getDataValue(2)) * vec3({red:.4f}," in shader
-    assert "toNormalized" not in mix_shader(CLASSES, np.dtype(np.float32))
+def test_a_probability_is_its_class_colour_made_opaque():
+    of_bytes = probability_layers("zarr://here", CLASSES, np.dtype(np.uint8))[2]["shader"]
+    assert f'default="{CLASSES.colours[2].lower()}"' in of_bytes
+    assert "toNormalized(getDataValue())" in of_bytes
+    assert "toNormalized" not in probability_layers("zarr://here", CLASSES, np.dtype(np.float32))[0]["shader"]
 
 
 def test_labels_alone_in_any_format(project, cells):

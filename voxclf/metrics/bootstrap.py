@@ -28,11 +28,43 @@ class Interval:
         }
 
 
+@dataclass(frozen=True)
+class TrainingLoss:
+    """What training on less costs: the same voxels scored by models that were trained on less and on still less.
+
+    Held-out scores come from models that could not train on what was held out; the final model trains on everything.
+    A score grows about evenly with the logarithm of the amount trained on, so its growth from ``less`` to ``more``
+    tells what is missing from ``more`` to everything.
+
+    Parameters
+    ----------
+    more, less : sequence of ScoreTables
+        One per slab, in the order of the slabs that are bootstrapped; the same voxels in both.
+    shares : (float, float)
+        Of all there is to train on, what the models behind ``more`` and ``less`` had, 1 > more > less > 0.
+    """
+
+    more: Sequence[ScoreTables]
+    less: Sequence[ScoreTables]
+    shares: tuple[float, float]
+
+    @property
+    def reach(self) -> float:
+        """How far beyond ``more`` everything lies, in units of the step from ``less`` to ``more``; at most 2."""
+        more, less = self.shares
+        return min(float(np.log(1 / more) / np.log(more / less)), MOST_REACH)
+
+
+#: Carrying a slope on over more than twice the step it was measured on says nothing.
+MOST_REACH = 2.0
+
+
 def bootstrap_scores(
     tables_per_slab: Sequence[ScoreTables],
     rng: np.random.Generator,
     n_draws: int = 1000,
     confidence: float = 0.95,
+    loss: TrainingLoss | None = None,
 ) -> dict[str, Interval]:
     """Say how far each score could be off, by redrawing whole slabs of the volume (spatial block bootstrap).
 
@@ -49,6 +81,9 @@ def bootstrap_scores(
         Number of draws; 1000 settle the interval's ends to about a tenth of its width.
     confidence : float
         Between 0 and 1; 0.95 gives 95 % intervals.
+    loss : TrainingLoss, optional
+        For cross-validation: intervals then reach as far as the score of the final model may, which trained on what
+        was held out as well. Values stay those measured.
 
     Returns
     -------
@@ -65,38 +100,46 @@ def bootstrap_scores(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, must lie between 0 and 1; use 0.95 for 95 % intervals")
-    slabs = [tables for tables in tables_per_slab if tables.n_voxels > 0]
-    if not slabs:
+    kept = [i for i, tables in enumerate(tables_per_slab) if tables.n_voxels > 0]
+    if not kept:
         raise ValueError(
             f"tables_per_slab has {len(tables_per_slab)} slabs but none holds a labelled voxel; choose a "
             "region that overlaps the labels"
         )
+    slabs = [tables_per_slab[i] for i in kept]
     total = sum(slabs[1:], start=slabs[0])
-    scores = score_tables(total)
+    scores, present = score_tables(total), total.support > 0
     if len(slabs) < 2:
         return {name: Interval(getattr(scores, name), np.nan, np.nan) for name in SCALAR_SCORES}
-    draws = _draw_scores(slabs, total.support > 0, rng, n_draws)
+    weights = rng.multinomial(len(slabs), np.full(len(slabs), 1 / len(slabs)), size=n_draws).astype(np.float64)
+    draws = [_draw_scores(slabs, present, weights)]
+    if loss is not None:
+        more, less = (_draw_scores([part[i] for i in kept], present, weights) for part in (loss.more, loss.less))
+        draws.append({name: draws[0][name] + loss.reach * (more[name] - less[name]) for name in SCALAR_SCORES})
     tail = expanded_tail((1 - confidence) / 2, len(slabs))
-    intervals = {}
-    for name in SCALAR_SCORES:
-        known = draws[name][~np.isnan(draws[name])]
-        low, high = np.quantile(known, [tail, 1 - tail]) if known.size else (np.nan, np.nan)
-        intervals[name] = Interval(getattr(scores, name), float(low), float(high))
-    return intervals
+    return {name: _enclose(getattr(scores, name), [drawn[name] for drawn in draws], tail) for name in SCALAR_SCORES}
+
+
+def _enclose(value: float, draws: Sequence[NDArray[np.float64]], tail: float) -> Interval:
+    """The interval that holds all but ``tail`` of each of several sets of draws at either end."""
+    known = [drawn[~np.isnan(drawn)] for drawn in draws]
+    ends = [np.quantile(drawn, [tail, 1 - tail]) for drawn in known if drawn.size]
+    if not ends:
+        return Interval(value, np.nan, np.nan)
+    return Interval(value, float(min(low for low, _ in ends)), float(max(high for _, high in ends)))
 
 
 def _draw_scores(
-    slabs: list[ScoreTables], present: NDArray[np.bool_], rng: np.random.Generator, n_draws: int
+    slabs: Sequence[ScoreTables], present: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Score `n_draws` resamples of the slabs; each resample is a sum of tables with multinomial weights."""
-    weights = rng.multinomial(len(slabs), np.full(len(slabs), 1 / len(slabs)), size=n_draws)
+    """Score resamples of the slabs; each is a sum of tables with one row of ``weights`` (draws, slabs)."""
     # float64 sums of counts are exact below 2^53 voxels, and use the fast matrix product int64 has not.
     stacked = [
         np.stack([getattr(tables, field.name) for tables in slabs]).astype(np.float64) for field in fields(ScoreTables)
     ]
     parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in SCALAR_SCORES}
-    for start in range(0, n_draws, 64):
-        some = weights[start : start + 64].astype(np.float64)
+    for start in range(0, len(weights), 64):
+        some = weights[start : start + 64]
         confusion, class_levels, other_levels = (
             np.tensordot(some, table, axes=1).astype(np.int64) for table in stacked
         )

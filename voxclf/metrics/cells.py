@@ -14,8 +14,9 @@ from voxclf.metrics.voxelwise import ScoreTables
 CELLS_PER_AXIS = 8
 """At most 512 cells: enough draws for an interval, and few enough tables for any volume."""
 
-LEAST_SIDE = 32
-"""Shortest side of a cell, voxels: structures in EM go on for about that long."""
+LEAST_SIDE = 48
+"""Shortest side of a cell, voxels: what goes well or ill goes on for about that long. With cells of 32, intervals of
+accuracy held the truth of 62 to 80 % of phantoms, with 48 of 76 to 90 %; larger ones are too few."""
 
 
 @dataclass(frozen=True)

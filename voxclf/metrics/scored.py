@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from voxclf.metrics.bootstrap import Interval, bootstrap_scores
+from voxclf.metrics.bootstrap import Interval, TrainingLoss, bootstrap_scores
 from voxclf.metrics.cells import CellTables
 from voxclf.metrics.voxelwise import Scores, ScoreTables, score_tables
 
@@ -38,10 +38,15 @@ class ScoredLabels:
     tables: ScoreTables | None = None
 
     @classmethod
-    def from_cells(cls, cells: CellTables, n_classes: int, note: str, seed: int = 0) -> ScoredLabels:
-        """Score the sum of all cells, with intervals from redrawing cells (spatial bootstrap)."""
+    def from_cells(
+        cls, cells: CellTables, n_classes: int, note: str, seed: int = 0, loss: TrainingLoss | None = None
+    ) -> ScoredLabels:
+        """Score the sum of all cells, with intervals from redrawing cells (spatial bootstrap).
+
+        ``loss`` is for cross-validation, its tables in the order of ``cells.cells``.
+        """
         tables = cells.total(n_classes)
-        intervals = bootstrap_scores(cells.cells, np.random.default_rng(seed))
+        intervals = bootstrap_scores(cells.cells, np.random.default_rng(seed), loss=loss)
         return cls(score_tables(tables), note, intervals, tables)
 
     @classmethod

@@ -60,7 +60,9 @@ class DenseUNet(Segmenter):
         self.strides = strides
         stem, growth, bottleneck = scale_channels((STEM_CHANNELS, GROWTH, BOTTLENECK), width)
         self.stem = ConvNormAct(in_channels, stem, (7, 7, 7), stride=strides[0])
-        downs, blocks, skips, n = [], [], [stem], stem
+        downs: list[nn.Module] = []
+        blocks: list[nn.Module] = []
+        skips, n = [stem], stem
         for n_layers, stride in zip(layers, strides[1:], strict=True):
             # The first step down follows the stem and keeps its channels; transitions between blocks halve them.
             n_out = n if not blocks else n // 2

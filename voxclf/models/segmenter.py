@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +21,7 @@ ISOTROPIC_WITHIN = math.sqrt(2)
 CROP_EDGE = 64
 """Edge of a crop for training on two cores; published ones (128³, 32×256×256, 384²) are asked for by option."""
 
-SegmenterOutput = Tensor | tuple[Tensor, Tensor]
+SegmenterOutput: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 class Segmenter(nn.Module):

@@ -11,6 +11,7 @@ other two axes, and the probabilities are averaged, voxel by voxel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -172,13 +173,12 @@ def build_library_unet(
 def _import_library() -> Any:
     prepare_torchvision()
     try:
-        import segmentation_models_pytorch
+        return import_module("segmentation_models_pytorch")
     except ImportError as error:
         raise ModelError(
             f"model 'unet2d' needs segmentation-models-pytorch for its encoders ({_first_line(error)}); install "
             "voxclf[unet2d], or use --encoder plain, which needs nothing"
         ) from error
-    return segmentation_models_pytorch
 
 
 def _first_line(error: Exception) -> str:

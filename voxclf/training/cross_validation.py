@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from voxclf.geometry import Region
+from voxclf.metrics.bootstrap import TrainingLoss
 from voxclf.metrics.cells import CellGrid, CellTables
 from voxclf.metrics.scored import ScoredLabels
-from voxclf.metrics.voxelwise import score_block
+from voxclf.metrics.voxelwise import ScoreTables, score_block
 from voxclf.models.trees import Classifier
 from voxclf.progress import Progress, silent
 from voxclf.sampling import DrawnRows, Rows, SlabSplit, random_folds
@@ -44,9 +45,9 @@ class CrossValidation:
 
 @dataclass(frozen=True)
 class _Fold:
-    """One model to fit and score; ``slab`` is None for the naive split."""
+    """One model to fit and score: without no slab (the naive split), one, or two."""
 
-    slab: int | None
+    slabs: tuple[int, ...]
     train: np.ndarray
     test: np.ndarray
 
@@ -83,28 +84,52 @@ def cross_validate(
             held_out = rows.evaluation.take(fold.test)
             yield fold, model, _score_cells(held_out, model.predict_probabilities(held_out.features), grid)
 
-    honest, naive, models = CellTables(), CellTables(), {}
+    found: dict[tuple[int, ...], CellTables] = {}
+    models: dict[int, Classifier] = {}
     for fold, model, tables in progress("cross-validation", score(), len(usable), "model"):
-        if fold.slab is None:
-            naive = naive + tables
-        else:
-            honest, models[fold.slab] = honest + tables, model
+        found[fold.slabs] = tables
+        if len(fold.slabs) == 1:
+            models[fold.slabs[0]] = model
     if not models:
         raise ValueError(
             "labels are too unevenly placed to hold out slabs: no slab left two classes to train on; label several "
             "places, or use fewer --folds"
         )
-    kept = np.mean([fold.train.mean() for fold in usable if fold.slab is not None])
+    honest = sum((found[(slab,)] for slab in models), CellTables())
+    kept = {fold.slabs: float(fold.train.mean()) for fold in usable}
+    share = np.mean([kept[(slab,)] for slab in models])
     note = (
         f"{len(models)} slabs along {'zyx'[split.axis]}, training voxels at least {split.gap} voxels away from each, "
-        f"which left {kept:.0%} of them to train on; {honest.total(n_classes).n_voxels:,} labelled voxels scored"
+        f"which left {share:.0%} of them to train on; {honest.total(n_classes).n_voxels:,} labelled voxels scored"
     )
     naive_note = f"one in {split.n_folds} labelled voxels held out at random"
     scores = CrossValidation(
-        ScoredLabels.from_cells(honest, n_classes, note, seed),
-        ScoredLabels.from_tables(naive.total(n_classes), naive_note),
+        ScoredLabels.from_cells(honest, n_classes, note, seed, _training_loss(found, kept, honest, n_classes)),
+        ScoredLabels.from_tables(found.get((), CellTables()).total(n_classes), naive_note),
     )
     return scores, models
+
+
+def _training_loss(
+    found: dict[tuple[int, ...], CellTables],
+    kept: dict[tuple[int, ...], float],
+    honest: CellTables,
+    n_classes: int,
+) -> TrainingLoss | None:
+    """What a second slab less to train on costs on the slabs of each pair; None where no pair could be held out."""
+    pairs = [slabs for slabs in found if len(slabs) == 2 and all((slab,) in found for slab in slabs)]
+    if not pairs:
+        return None
+    ones = [(slab,) for pair in pairs for slab in pair]
+    more, less = (sum((found[slabs] for slabs in part), CellTables()) for part in (ones, pairs))
+    shares = float(np.mean([kept[one] for one in ones])), float(np.mean([kept[pair] for pair in pairs]))
+    if not 1 > shares[0] > shares[1] > 0:
+        return None
+    none = ScoreTables.zeros(n_classes)
+    in_order = sorted(honest.by_cell)
+    return TrainingLoss(
+        [more.by_cell.get(cell, none) for cell in in_order], [less.by_cell.get(cell, none) for cell in in_order], shares
+    )
 
 
 def _thin_out(indices: np.ndarray, seed: int) -> np.ndarray:
@@ -115,14 +140,17 @@ def _thin_out(indices: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _hold_out_slabs(rows: DrawnRows, split: SlabSplit) -> Iterator[_Fold]:
+    """Each slab by itself, and half of them once more together with one some way off."""
     slab_of = split.fold_of(rows.evaluation.positions)
-    for slab in range(split.n_folds):
-        yield _Fold(slab, split.may_train(rows.training.positions, slab), slab_of == slab)
+    far = split.n_folds // 2
+    for slabs in [*((slab,) for slab in range(split.n_folds)), *((slab, slab + far) for slab in range(far))]:
+        train = np.all([split.may_train(rows.training.positions, slab) for slab in slabs], axis=0)
+        yield _Fold(slabs, train, np.isin(slab_of, slabs))
 
 
 def _hold_out_at_random(rows: DrawnRows, n_folds: int, seed: int) -> _Fold:
     train = random_folds(rows.training.positions, n_folds, seed) != 0
-    return _Fold(None, train, random_folds(rows.evaluation.positions, n_folds, seed) == 0)
+    return _Fold((), train, random_folds(rows.evaluation.positions, n_folds, seed) == 0)
 
 
 def _score_cells(rows: Rows, probabilities: np.ndarray, grid: CellGrid) -> CellTables:

@@ -52,7 +52,14 @@ class Task(pl.LightningModule):
     network : nn.Module
         Its parameters are trained.
     options : NetworkFitOptions
+
+    Attributes
+    ----------
+    unit : str
+        What :meth:`n_labelled` counts, for the display of progress.
     """
+
+    unit = "voxel"
 
     def __init__(self, network: nn.Module, options: NetworkFitOptions) -> None:
         super().__init__()
@@ -253,7 +260,7 @@ def run_loop(
     use_channels_last(task.network)
     if accelerator == "cpu":
         keep_freed_memory()
-    shown = StepProgress(progress, stage, plan)
+    shown = StepProgress(progress, stage, task.unit, plan)
     book = _Book(plan, folder, shown)
     is_tired = state.epoch - state.best_epoch >= options.patience
     is_late = options.time is not None and state.seconds >= options.time

@@ -179,6 +179,8 @@ class Pretraining(Task):
     seed : int
     """
 
+    unit = "patch"
+
     def __init__(self, network: nn.Module, reader: PatchReader, options: NetworkFitOptions, seed: int) -> None:
         super().__init__(network, options)
         self.reader = reader

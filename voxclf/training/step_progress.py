@@ -26,8 +26,8 @@ class StepProgress:
     are handed on together.
     """
 
-    def __init__(self, progress: Progress, stage: str, plan: Plan) -> None:
-        self._progress, self._stage, self._plan = progress, stage, plan
+    def __init__(self, progress: Progress, stage: str, unit: str, plan: Plan) -> None:
+        self._progress, self._stage, self._unit, self._plan = progress, stage, unit, plan
         self._first_s: float | None = None
         self._waiting = self._n_pushed = self._n_steps = 0
         self._shown: Iterator[_Counted] | None = None
@@ -45,7 +45,7 @@ class StepProgress:
         if self._shown is None:
             if seconds - self._first_s < SETTLING_S:
                 return
-            self._shown = iter(self._progress(self._stage, self._steps(), self._expect(seconds), "voxel"))
+            self._shown = iter(self._progress(self._stage, self._steps(), self._expect(seconds), self._unit))
         next(self._shown)
 
     def finish(self) -> None:

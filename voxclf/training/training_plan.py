@@ -11,7 +11,9 @@ from voxclf.training.training_state import TrainingState
 ROUND_STEPS = 100
 """Most steps between two validations."""
 LEAST_ROUNDS = 10
-"""Rounds that a limited number of steps is divided into, so that there is a best one to choose."""
+"""Rounds that a limited number of steps, or time, is divided into, so that there is a best one to choose."""
+FIRST_ROUND_STEPS = 10
+"""Steps from which it is known how many fit into a tenth of the time."""
 WARM_UP = 0.3
 """Part of a one-cycle schedule in which the step size rises (Smith and Topin 2018, arXiv 1708.07120)."""
 FIRST_FACTOR = 0.04
@@ -41,16 +43,22 @@ class Plan:
 
     @property
     def round_steps(self) -> int:
-        """Steps of a round."""
-        if self.options.steps is None:
+        """Steps of the round that begins now."""
+        if self.options.steps is not None:
+            return min(ROUND_STEPS, max(1, self.options.steps // LEAST_ROUNDS))
+        if self.options.time is None:
             return ROUND_STEPS
-        return min(ROUND_STEPS, max(1, self.options.steps // LEAST_ROUNDS))
+        if self.state.step == 0:
+            return FIRST_ROUND_STEPS
+        fitting = self.options.time / LEAST_ROUNDS * self.state.step / self.state.seconds
+        return min(ROUND_STEPS, max(1, int(fitting)))
 
     @property
     def last_step(self) -> int:
         """Steps after which training ends in any case."""
-        most = self.options.epochs * self.round_steps
-        return most if self.options.steps is None else min(most, self.options.steps)
+        if self.options.steps is None:
+            return self.options.epochs * ROUND_STEPS
+        return min(self.options.epochs * self.round_steps, self.options.steps)
 
     @property
     def end_of_round(self) -> int:
@@ -59,7 +67,9 @@ class Plan:
 
     @property
     def n_rounds_left(self) -> int:
-        """Rounds still to do."""
+        """Most rounds still to do."""
+        if self.options.steps is None:
+            return self.options.epochs - self.state.epoch
         return -(-(self.last_step - self.state.step) // self.round_steps)
 
     def part_done(self, seconds: float) -> float:
