@@ -9,9 +9,9 @@ labelled or not. An interval that keeps its promise holds the truth in 95 of 100
 
 The naive score's interval is the one a random split suggests: voxels are redrawn as if they were independent.
 
-Models are small (10 trees, one scale, whose filters see 6 voxels) and so are phantoms. Voxels of 10 nm put as much tissue
-into one as that allows: with a handful of synapses, macro F1 is a matter of luck that no interval can know. Every draw
-is kept in a file as it is made, and a second call goes on where the first stopped.
+Models are small (10 trees, one scale, whose filters see 6 voxels) and so are phantoms. Voxels of 10 nm put as much
+tissue into one as that allows: with a handful of synapses, macro F1 is a matter of luck that no interval can know.
+Every draw is kept in a file as it is made, and a second call goes on where the first stopped.
 
 Run: ``python benchmarks/interval_coverage.py`` (about half an hour on one core); ``--draws 5`` for a look.
 """

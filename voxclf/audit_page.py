@@ -147,9 +147,9 @@ def describe_audit(audit: Audit) -> tuple[list[str], dict[str, Any]]:
 def _method(audit: Audit) -> str:
     split = audit.split
     gap = f", {split.gap} voxels apart" if split.gap else ""
-    planes = " + ".join(f"{n} along {axis}" for n, axis in zip(audit.planes, "zyx", strict=True) if n)
+    planes = " and ".join(f"{n} slices along {axis}" for n, axis in zip(audit.planes, "zyx", strict=True) if n)
     return (
-        f"looked at    {audit.n_labelled:,} labelled voxels on {planes} slices, against models trained without them "
+        f"looked at    {audit.n_labelled:,} labelled voxels on {planes}, against models trained without them "
         f"({split.n_folds} slabs along {'zyx'[split.axis]}{gap})"
     )
 
@@ -193,7 +193,7 @@ def _draw(thing: SliceShift | Contradiction, audit: Audit) -> str:
         position = thing.position[axis]
     shown = inside_volume(audit, show_plane(framed, axis, position, shape))
     classes = given_and_suggested(audit, shown.start, shown.stop)
-    return draw_finding(audit.volume, audit.label_set, classes, shown, axis, framed)
+    return draw_finding(audit.volume, audit.label_set, classes, shown, axis, framed, ("as drawn", "as models would"))
 
 
 def _spell(value: Any) -> Any:

@@ -114,7 +114,7 @@ def cut_plane_tiles(region: Region, axis: int, margin: int) -> list[Block]:
     halo = [0, 0, 0]
     halo[axis] = margin
     starts = [range(a, b, TILE) for a, b in zip(region.start, region.stop, strict=True)]
-    blocks = []
+    blocks: list[Block] = []
     for z in starts[0]:
         for y in starts[1]:
             for x in starts[2]:
@@ -292,8 +292,8 @@ def _measure(
     sizes = np.bincount(flat, minlength=n)
     depth = np.minimum(ndimage.distance_transform_edt(~_borders(pieces)), FULL_DEPTH).astype(np.float32) / FULL_DEPTH
     weights = np.bincount(flat, weights=depth.ravel(), minlength=n)
-    shares = np.stack([np.bincount(flat, weights=(depth * p).ravel(), minlength=n) for p in posterior])
-    shares /= np.maximum(weights, 1e-6)
+    sums = [np.bincount(flat, weights=(depth * p).ravel(), minlength=n) for p in posterior]
+    shares = np.stack(sums) / np.maximum(weights, 1e-6)
     class_of = np.zeros(n, np.int64)
     class_of[flat] = given.ravel()
     own = shares[class_of, np.arange(n)]

@@ -161,14 +161,13 @@ class PieceForest:
         """Unite with a block that lies before this one along some axes."""
         axis = next(a for a in range(3) if other.stop[a] == pieces.start[a])
         mine, theirs = pieces.lower[axis], other.upper[axis]
-        along = [a for a in range(3) if a != axis]
         mine_index, theirs_index = [], []
-        for a in along:
-            if other.stop[a] == pieces.start[a]:
+        for side in (a for a in range(3) if a != axis):
+            if other.stop[side] == pieces.start[side]:
                 mine_index.append(slice(0, 1))
                 theirs_index.append(slice(-1, None))
             else:
-                mine_index.append(slice(pieces.margin[a], None))
+                mine_index.append(slice(pieces.margin[side], None))
                 theirs_index.append(slice(None))
         a, b = mine[tuple(mine_index)].ravel(), theirs[tuple(theirs_index)].ravel()
         both = (a > 0) & (b > 0)

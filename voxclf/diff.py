@@ -233,9 +233,9 @@ def _compare_labels(
     label_set = _settle_classes(config, before, after, region, executor, progress)
     blocks = _grid(region, before.shape, HALO)
     comparing = fold_blocks(_LabelFold(label_set, region.start), [before, after], blocks, executor)
-    total = last(progress("compare", comparing, region.n_voxels, "voxel")).total
-    if isinstance(total, _LabelBlock):
-        total = _LabelSum(total.confusion * 0) + total
+    compared: _LabelBlock | _LabelSum = last(progress("compare", comparing, region.n_voxels, "voxel")).total
+    # A single block was added to nothing.
+    total = compared if isinstance(compared, _LabelSum) else _LabelSum(compared.confusion * 0) + compared
     (number_a, pieces_a), (number_b, pieces_b), (_, changed) = (forest.roots() for forest in total.forests)
     shared = np.concatenate(total.shared)
     shared = np.stack([number_a[shared[:, 0]], number_b[shared[:, 1]]], axis=1)

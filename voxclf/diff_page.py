@@ -244,4 +244,4 @@ def _draw(found: Difference, diff: Diff, config: DiffConfig) -> str | None:
         ids = (found.before, found.after)
         marked = [np.where((a == i) & (i > 0), k, -1) for k, (a, i) in enumerate(zip(arrays, ids, strict=True))]
         classes = (marked[0].astype(np.int16), marked[1].astype(np.int16))
-    return draw_finding(image, label_set, classes, shown, 0, found.region)
+    return draw_finding(image, label_set, classes, shown, 0, found.region, ("before", "after"))

@@ -97,13 +97,18 @@ def draw_finding(
     shown: Region,
     axis: int,
     framed: Region,
+    titles: tuple[str, str],
 ) -> str:
     """Draw image, first and second classes side by side, with a frame around the finding; returns a data URI.
 
     Parameters
     ----------
     classes : pair of ndarray of int, shape of ``shown``
-        Class indices; they stand in the columns for labels and for the prediction.
+        Class indices.
+    framed : Region
+        The finding; no frame is drawn around what fills the picture.
+    titles : pair of str
+        Of the columns that show the classes.
     """
     from matplotlib.patches import Rectangle
 
@@ -113,8 +118,13 @@ def draw_finding(
     size = image.voxel_size_nm
     view = PlaneView(f"{'zyx'[axis]} = {shown.start[axis]}", cut[0], cut[1], cut[2], (size[rows], size[columns]))
     figure = draw_overlays([view], label_set, opacity=0.4)
+    framed = framed.intersect(shown)
     corner = (framed.start[columns] - shown.start[columns] - 0.5, framed.start[rows] - shown.start[rows] - 0.5)
     for axes in figure.axes:
+        title = axes.get_title()
+        axes.title.set_text({"labels": titles[0], "prediction": titles[1]}.get(title, title))
+        if framed == shown:
+            continue
         width, height = framed.shape[columns], framed.shape[rows]
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.2))
     return ReportFigure("", "", render_jpeg(figure, DPI), "jpeg").data_uri

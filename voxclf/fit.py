@@ -29,6 +29,7 @@ from voxclf.geometry import Region, Zyx, make_block
 from voxclf.jobs import check_finite
 from voxclf.labels import LabelSet, load_label_set, parse_classes
 from voxclf.models.checkpoint import load_model, save_model
+from voxclf.models.crf_parameters import FILE as CRF_FILE
 from voxclf.models.model import Model
 from voxclf.models.registry import NETWORKS, check_model_name
 from voxclf.progress import Progress, last, silent
@@ -37,7 +38,7 @@ from voxclf.training.cross_validation import CrossValidation
 from voxclf.volume import Volume, open_labels, open_volume
 
 GOLDEN_CORE = 8
-TREE_OPTIONS = ("bank", "samples", "trees", "max_depth", "min_samples_leaf", "autocontext", "folds")
+TREE_OPTIONS = ("bank", "samples", "trees", "max_depth", "min_samples_leaf", "autocontext", "folds", "tune_crf")
 NETWORK_OPTIONS = tuple(sorted(set(NetworkFitOptions.model_fields) - set(ComputeOptions.model_fields)))
 
 
@@ -123,6 +124,9 @@ def fit_on_labels(
     golden = read_golden_patch(volume, example, fitted.model.golden_halo)
     save_model(fitted.model, golden, folder, fitted.extra_files)
     fitted.scores.save(folder)
+    if fitted.crf is not None:
+        # Not one of the model's own files, which must stay as they are: crf-tune may replace it.
+        fitted.crf.parameters.save(folder / CRF_FILE, fitted.crf.to_dict())
     shutil.rmtree(training_folder(folder), ignore_errors=True)
     return FitResult(fitted.model, folder, survey.counts, fitted.scores, watch.seconds)
 
@@ -143,6 +147,11 @@ def check_options(options: FitOptions) -> None:
     ValueError
         Naming the option.
     """
+    if options.tune_crf and options.calibrate:
+        raise ValueError(
+            "--tune-crf was given together with --calibrate; the CRF would be tuned on probabilities that are not yet "
+            "calibrated: leave one out, or tune on other labels afterwards (voxclf crf-tune --model)"
+        )
     is_network = options.model in NETWORKS
     foreign = TREE_OPTIONS if is_network else NETWORK_OPTIONS
     if is_network and options.input_bank is None:

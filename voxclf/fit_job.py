@@ -20,6 +20,7 @@ from voxclf.progress import Progress
 from voxclf.provenance import describe_input, software_versions, timestamp
 from voxclf.sampling import LabelSurvey
 from voxclf.training.cross_validation import CrossValidation
+from voxclf.training.tune_crf import CrfTuning
 from voxclf.volume import Volume
 
 
@@ -85,11 +86,12 @@ class FitJob:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model, what it is worth, and files that its folder keeps beside it."""
+    """A model, what it is worth, files that its folder keeps beside it, and a CRF if one was tuned."""
 
     model: Model
     scores: CrossValidation
     extra_files: Mapping[str, bytes | None] = field(default_factory=dict)
+    crf: CrfTuning | None = None
 
 
 def asked(options: FitOptions) -> dict[str, Any]:

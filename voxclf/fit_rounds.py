@@ -31,6 +31,8 @@ from voxclf.sampling import (
 from voxclf.training.autocontext import keep_predicted, predict_out_of_fold
 from voxclf.training.cross_validation import CrossValidation, cross_validate
 from voxclf.training.fit_trees import FittedModel, fit_tree_model
+from voxclf.training.tune_crf import CrfTuning
+from voxclf.training.tune_held_out import check_enough_labels, tune_on_held_out
 from voxclf.volume import Volume
 
 N_EVALUATION = 200_000
@@ -39,7 +41,9 @@ N_EVALUATION = 200_000
 
 def fit_tree_rounds(job: FitJob) -> Fitted:
     """Fit trees, in as many rounds as asked for."""
-    rounds = _Trainer(job).fit_rounds()
+    if job.options.tune_crf:
+        check_enough_labels(job.volume, job.labels, job.label_set, job.survey, job.options.seed)
+    rounds, crf = _Trainer(job).fit_rounds()
     last_round = rounds[-1]
     honest = last_round.scores.honest
     assert honest.tables is not None
@@ -59,7 +63,7 @@ def fit_tree_rounds(job: FitJob) -> Fitted:
             honest_macro_f1_by_round=[r.scores.honest.scores.macro_f1 for r in rounds],
         ),
     )
-    return Fitted(model, last_round.scores, {"booster.ubj": last_round.fitted.native})
+    return Fitted(model, last_round.scores, {"booster.ubj": last_round.fitted.native}, crf)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class _Trainer:
 
     job: FitJob
 
-    def fit_rounds(self) -> list[_Round]:
-        """Fit as many rounds as asked for; probabilities between rounds stand beside the model's folder meanwhile."""
+    def fit_rounds(self) -> tuple[list[_Round], CrfTuning | None]:
+        """Fit as many rounds as asked for, and a CRF; probabilities stand beside the model's folder meanwhile."""
         folder = self.job.folder
         bank = make_bank(self.job.options, self.job.volume.voxel_size_nm)
         stack = FeatureStack(bank, self.job.volume.voxel_size_nm)
@@ -113,7 +117,33 @@ class _Trainer:
                 rows = keep_predicted(self._draw(inputs, stack), split, models)
                 done, models = self._fit_round(rows, stack, split)
                 rounds.append(done)
-        return rounds
+            crf = self._tune_crf(inputs, stack, models, split, Path(scratch)) if self.job.options.tune_crf else None
+        return rounds, crf
+
+    def _tune_crf(
+        self,
+        inputs: list[Volume],
+        stack: FeatureStack,
+        models: dict[int, Classifier],
+        split: SlabSplit,
+        scratch: Path,
+    ) -> CrfTuning:
+        job = self.job
+        tuned = tune_on_held_out(
+            inputs,
+            job.labels,
+            job.label_set,
+            job.survey,
+            stack,
+            models,
+            split,
+            scratch / "held_out.zarr",
+            seed=job.options.seed,
+            executor=job.executor,
+            progress=job.progress,
+        )
+        job.watch.lap("tune CRF")
+        return tuned
 
     def _draw(self, inputs: list[Volume], stack: FeatureStack) -> DrawnRows:
         drawn = draw_rows(

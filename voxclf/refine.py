@@ -156,7 +156,11 @@ def refine_prediction(config: PredictConfig | RunConfig, model: Path, progress: 
     # The default budget of predicting is for small blocks; a CRF's blocks have larger halos and a default of their own.
     if "memory" in config.model_fields_set:
         values["memory"] = config.memory
-    return refine_volume(make_config(CrfRefineConfig, values), progress)
+    try:
+        return refine_volume(make_config(CrfRefineConfig, values), progress)
+    except OutputExistsError:
+        # Its folder follows the prediction and the model's parameters: tuned again, they replace what older ones made.
+        return refine_volume(make_config(CrfRefineConfig, {**values, "overwrite": True}), progress)
 
 
 def tune_parameters(config: CrfTuneConfig, progress: Progress = silent) -> CrfTuning:

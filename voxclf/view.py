@@ -269,8 +269,9 @@ def add_to_napari(viewer: Any, scene: Scene) -> None:
             if label_set:
                 from napari.utils.colormaps import DirectLabelColormap
 
-                colours = dict(zip(label_set.ids, label_set.colours, strict=True))
-                labels.colormap = DirectLabelColormap(color_dict={None: "transparent", 0: "transparent", **colours})
+                colours: dict[int | None, str] = {None: "transparent", 0: "transparent"}
+                colours.update(zip(label_set.ids, label_set.colours, strict=True))
+                labels.colormap = DirectLabelColormap(color_dict=colours)
         elif label_set:
             top = 255 if layer.volume.dtype == np.uint8 else 1
             viewer.add_image(

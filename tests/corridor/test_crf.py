@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_parameters_kept_with_a_model_are_used_by_predict(project, model, predic
     by_hand = tmp_path / "by_hand"
     assert run(project, "crf-refine", prediction, "image.tif", "-o", by_hand, "--parameters", model) == 0
     np.testing.assert_array_equal(read(by_hand / "labels.zarr"), after)
+
+
+def test_parameters_that_change_replace_what_older_ones_made(project, model, tmp_path):
+    command = ["predict", model, "image.tif", "-o", tmp_path / "OUT"]
+    found = []
+    for spatial_weight in (1.0, 3.0):
+        replace(KEPT, spatial_weight=spatial_weight).save(model / "crf.toml")
+        assert run(project, *command) == 0
+        found.append(read(tmp_path / "OUT" / "refined" / "labels.zarr"))
+    assert np.mean(found[0] != found[1]) > 0.001
 
 
 @pytest.mark.parametrize("crf", ["off", "auto"])
@@ -168,3 +179,17 @@ def test_run_refines_with_what_its_model_keeps_and_reports_both(project, tmp_pat
     assert "refine" in report["times_s"]
     assert run(project, *command, "--crf", "off") == 0
     assert json.loads((out / "report.json").read_text())["tables"] == []
+
+
+def test_a_crf_is_tuned_while_fitting(project, tmp_path, monkeypatch, capsys):
+    for name in ("N_START_POINTS", "N_SIMPLEX", "N_FACTORS"):
+        monkeypatch.setattr(tuning, name, 3)
+    model = tmp_path / "model"
+    assert run(project, "fit", "image.tif", "labels.tif", "-o", model, "--tune-crf", *SMALL) == 0
+    table = tomllib.loads((model / "crf.toml").read_text(encoding="utf-8"))
+    assert table["tuning"]["before"]["mean_iou"] > 0.4
+    assert table["enabled"] == ("the gain is significant" in table["tuning"]["reason"])
+    np.testing.assert_array_equal(load_model(model).label_set.ids, [1, 2, 3])
+    options = ["--tune-crf", "--calibrate"]
+    assert run(project, "fit", "image.tif", "labels.tif", "-o", tmp_path / "other", *options, *SMALL) == 2
+    assert_matches("--tune-crf was given together with --calibrate", capsys)

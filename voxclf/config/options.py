@@ -166,6 +166,10 @@ class FitOptions(BankOptions, NetworkFitOptions):
         False, description="correct the probabilities with what the held-out slabs show; labels may change too"
     )
     folds: int = Field(5, ge=2, le=20, description="slabs of the spatial cross-validation")
+    tune_crf: bool = Field(
+        False,
+        description="trees: also tune a dense CRF on the held-out slabs and keep it with the model, if it helps there",
+    )
     seed: int = Field(0, ge=0, description="seed of everything random")
 
 

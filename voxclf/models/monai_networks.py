@@ -103,7 +103,7 @@ class SwinUNETR(Segmenter):
         edge = math.lcm(SWIN_DIVISOR, SWIN_PATCH ** len(SWIN_HEADS) * window)
         if find_spec("einops") is None:
             raise ModelError(f"network {name!r} needs einops, which MONAI imports for it; run `pip install einops`")
-        super().__init__(name, n_classes, in_channels, (edge, edge, edge))
+        super().__init__(name, n_classes, in_channels, (edge, edge, edge), (SWIN_DIVISOR,) * 3)
         (features,) = scale_channels((SWIN_FEATURES,), width)
         self.network = MonaiSwinUNETR(
             in_channels=in_channels,

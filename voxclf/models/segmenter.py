@@ -25,7 +25,7 @@ SegmenterOutput: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 class Segmenter(nn.Module):
-    """A network for whole crops; subclasses define :meth:`segment` for sizes that are multiples of the alignment.
+    """A network for whole crops; subclasses define :meth:`segment` for sizes that are multiples of the divisor.
 
     Parameters
     ----------
@@ -36,33 +36,36 @@ class Segmenter(nn.Module):
     alignment : (z, y, x)
         Product of the strides along each axis. A crop that starts elsewhere by a multiple of it gives the same
         logits, away from the crop's edges.
+    divisor : (z, y, x), optional
+        What sizes must be multiples of, where that is less: crops are padded to it.
 
     Attributes
     ----------
     patch : (z, y, x)
-        Crop to train on where none is asked for: 64 voxels along an axis, or two alignments if those are more.
+        Crop to train on where none is asked for: 64 voxels along an axis, or two divisors if those are more.
     has_boundary : bool
         Whether there is a second output, the logits of class boundaries. It is handed over while training only.
     """
 
     has_boundary = False
 
-    def __init__(self, name: str, n_classes: int, in_channels: int, alignment: Zyx) -> None:
+    def __init__(self, name: str, n_classes: int, in_channels: int, alignment: Zyx, divisor: Zyx | None = None) -> None:
         super().__init__()
         self.name = name
         self.in_channels = in_channels
         self.n_classes = n_classes
         self.alignment = alignment
-        self.patch = plan_crop(alignment)
+        self.divisor = divisor or alignment
+        self.patch = plan_crop(self.divisor)
 
     def segment(self, x: Tensor) -> SegmenterOutput:
-        """Return class logits, or class and boundary logits, for a size that is a multiple of the alignment."""
+        """Return class logits, or class and boundary logits, for a size that is a multiple of the divisor."""
         raise NotImplementedError
 
     def segment_any_size(self, x: Tensor) -> SegmenterOutput:
         """Pad at the far ends by repeating the edge, segment, crop."""
         shape = x.shape[2:]
-        padding = [round_up(n, a) - n for n, a in zip(shape, self.alignment, strict=True)]
+        padding = [round_up(n, a) - n for n, a in zip(shape, self.divisor, strict=True)]
         if any(padding):
             x = functional.pad(x, [n for p in reversed(padding) for n in (0, p)], mode="replicate")
         found = self.segment(x)

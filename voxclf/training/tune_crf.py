@@ -356,7 +356,7 @@ class SearchSpace:
         scaled = [np.log(v / low) / np.log(high / low) for v, (low, high) in zip(values, self.bounds, strict=False)]
         return np.clip([*scaled, *values[-N_SHARES:]], 0, 1)
 
-    def parameters(self, point: np.ndarray, log_factors: Sequence[float] = ()) -> CrfParameters:
+    def parameters(self, point: np.ndarray, log_factors: Sequence[float] | np.ndarray = ()) -> CrfParameters:
         """The parameters of a point; factors multiply the penalties of classes, then of :attr:`pairs`."""
         values = [
             low * (high / low) ** float(u) for u, (low, high) in zip(np.clip(point, 0, 1), self.bounds, strict=False)
@@ -453,7 +453,7 @@ class _Search:
         space = self.space
         scored: list[tuple[float, np.ndarray]] = []
 
-        def try_point(point: np.ndarray, log_factors: Sequence[float] = ()) -> float:
+        def try_point(point: np.ndarray, log_factors: Sequence[float] | np.ndarray = ()) -> float:
             score = self._evaluate(space.parameters(point, log_factors))
             scored.append((score, np.array(point)))
             report(score)

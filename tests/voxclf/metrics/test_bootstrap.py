@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from voxclf.metrics.bootstrap import bootstrap_scores
+from voxclf.metrics.bootstrap import TrainingLoss, bootstrap_scores
 from voxclf.metrics.voxelwise import SCALAR_SCORES, ScoreTables, score_block, score_tables
 
 
@@ -78,6 +78,54 @@ def test_interval_covers_the_true_score_about_95_percent_of_the_time():
         interval = bootstrap_scores(random_slabs(rng, 10), rng, n_draws=300)["accuracy"]
         covered += interval.low <= 0.7 <= interval.high
     assert 0.90 <= covered / 200 <= 0.985
+
+
+def shifted(slabs, by):
+    """The same slabs, classified by a model that gets ``by`` more voxels of each class wrong."""
+    step = np.array([[-by, by], [by, -by]])
+    return [slab_tables(slab.confusion + step) for slab in slabs]
+
+
+def test_training_loss_reaches_as_far_as_the_final_model_may():
+    slabs = [slab_tables([[40, 10], [10, 40]]) for _ in range(6)]
+    # Accuracy is 0.8 with half of all training data, 0.7 with a quarter: a step more makes all of it, and 0.9.
+    loss = TrainingLoss(slabs, shifted(slabs, 5), (0.5, 0.25))
+    assert loss.reach == pytest.approx(1)
+    interval = bootstrap_scores(slabs, np.random.default_rng(0), n_draws=50, loss=loss)["accuracy"]
+    assert interval.value == 0.8
+    assert interval.low == pytest.approx(0.8)
+    assert interval.high == pytest.approx(0.9)
+
+
+def test_training_loss_never_narrows_and_follows_the_same_draws():
+    slabs = random_slabs(np.random.default_rng(7), 9)
+    plain = bootstrap_scores(slabs, np.random.default_rng(1), n_draws=300)
+    none_lost = TrainingLoss(slabs, slabs, (0.7, 0.4))
+    unmoved = bootstrap_scores(slabs, np.random.default_rng(1), n_draws=300, loss=none_lost)
+    assert all(unmoved[name] == plain[name] for name in ("accuracy", "macro_f1", "kappa"))
+    for by in (-4, 4):
+        wider = bootstrap_scores(
+            slabs, np.random.default_rng(1), n_draws=300, loss=TrainingLoss(slabs, shifted(slabs, by), (0.7, 0.4))
+        )
+        for name in ("accuracy", "macro_f1", "kappa"):
+            assert wider[name].value == plain[name].value
+            assert wider[name].low <= plain[name].low
+            assert wider[name].high >= plain[name].high
+        # Every draw moves by the same step of accuracy, 0.08 times the reach.
+        moved = max(wider["accuracy"].high - plain["accuracy"].high, plain["accuracy"].low - wider["accuracy"].low)
+        assert moved == pytest.approx(0.08 * np.log(1 / 0.7) / np.log(0.7 / 0.4))
+
+
+def test_a_slope_is_not_carried_on_far():
+    assert TrainingLoss([], [], (0.3, 0.28)).reach == 2
+
+
+def test_empty_slabs_are_left_out_of_the_training_loss_too():
+    slabs = [slab_tables([[40, 10], [10, 40]])] * 3
+    empty = slab_tables(np.zeros((2, 2)))
+    loss = TrainingLoss([*slabs, empty], [*shifted(slabs, 5), empty], (0.5, 0.25))
+    with_empty = bootstrap_scores([*slabs, empty], np.random.default_rng(0), n_draws=20, loss=loss)["accuracy"]
+    assert with_empty.high == pytest.approx(0.9)
 
 
 def test_refusals():

@@ -301,7 +301,7 @@ def test_bf16_trains(job, tmp_path):
 
 @pytest.mark.parametrize("dilation", [1, 4])
 def test_gradients_in_bf16_are_those_in_float32(dilation):
-    """The sizes of 4conv's last convolution, where oneDNN's own gradient of the weights is wrong on some CPUs."""
+    """The sizes of 4conv's last convolution, where oneDNN's own gradient of the weights is wrong on CPUs with AMX."""
     torch.manual_seed(0)
     image = torch.randn(2, 64, 4, 44, 44).contiguous(memory_format=torch.channels_last_3d)
     layer = nn.Conv3d(64, 128, 3, dilation=(1, dilation, dilation))
