@@ -37,8 +37,8 @@ NAME, TITLE = "real_networks", "Networks and forests on real volumes"
 COLUMNS = ("volume", "method", "macro F1", "mean IoU", "AP", "kappa", "held-out slab F1", "fit s", "voxels seen",
            "predict s", "largest difference")  # fmt: skip
 EXPLANATION = (
-    "Scored on the held-out slab. Brackets: 95 % interval by a spatial bootstrap. Held-out slab F1: what the fit "
-    "itself reports, on labels it held out. Fit: whole command. Voxels seen: labelled voxels trained on, repeats counted. "
+    "Scored on the held-out slab. Brackets: 95 % interval by a spatial bootstrap. Held-out slab F1: what the "
+    "fit itself reports, on labels it held out. Fit: the whole command. Voxels seen: labelled, with repeats. "
     "Largest difference: between dense and patch-by-patch probabilities, from the seam certificate."
 )
 SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weights", "sqrt", "--patience", "1000")

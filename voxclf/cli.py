@@ -23,7 +23,7 @@ from voxclf.errors import BlockError, ModelError, OutputExistsError, VoxclfError
 
 Item = TypeVar("Item")
 
-RESUMABLE = {"run", "predict", "features", "convert", "crf-refine", "demo"}
+RESUMABLE = {"run", "compare", "predict", "features", "convert", "crf-refine", "demo"}
 EXIT_BAD_INPUT = 2
 EXIT_OUTPUT_EXISTS = 3
 EXIT_MODEL = 4
@@ -176,7 +176,7 @@ def _report_failure(error: BaseException, can_resume: bool) -> int:
             message = "interrupted" if code == EXIT_INTERRUPTED else str(error)
             print(f"voxclf: {message}", file=sys.stderr)
             if can_resume and code in (EXIT_BLOCK, EXIT_INTERRUPTED):
-                print("voxclf: finished blocks are kept; run the same command again to go on", file=sys.stderr)
+                print("voxclf: what is finished is kept; run the same command again to go on", file=sys.stderr)
             return code
     raise error
 

@@ -113,7 +113,7 @@ def test_a_full_disk(project, tmp_path, capsys, monkeypatch):
     tifffile.imwrite(tmp_path / "large.tif", large)
     arguments = ("predict", "model", tmp_path / "large.tif", "-o", tmp_path / "OUT", "--executor", "serial")
     monkeypatch.setattr(volume_module.Volume, "write", write_until_full)
-    fails(capsys, 5, "(?s)No space left on device.*finished blocks are kept", project, *arguments)
+    fails(capsys, 5, "(?s)No space left on device.*what is finished is kept", project, *arguments)
     monkeypatch.undo()
     assert len((tmp_path / "OUT" / "ledger" / "done.log").read_text().splitlines()) == 2
     assert run(project, *arguments) == 0

@@ -18,7 +18,7 @@ from voxclf.training.losses import build_loss
 SECTIONS = (30.0, 8.0, 8.0)
 SMALL = {
     "unet3d": {"width": 0.25},
-    "denseunet569": {"width": 0.125},
+    "denseunet569": {"width": 0.25},
     "res_unet_r": {"width": 0.3},
     "res_unet_h": {"width": 0.3},
     "unet2d": {"width": 0.25, "encoder": "plain"},
