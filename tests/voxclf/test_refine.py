@@ -132,7 +132,7 @@ def test_a_halo_that_does_not_fit_is_told_with_numbers():
     refiner = CrfRefiner(DenseCRF(300.0, 0.1, 10.0, 2.0, 1.0), 3, VOXEL_SIZE_NM, volume_shape=(999, 999, 999))
     message = (
         r"--memory was 0.4 GB, but kernels of \(300.0, .* see \(90, 180, 180\) voxels .* needs 5.6 GB; raise "
-        r"--memory to 5.7GB or more, lower --workers, allow --tolerance 0.001 \(a halo of \(60, 120, 120\)\), use narrower"
+        r"--memory to 5.7GB or more, lower --workers, allow --tolerance 0.001 \(a halo of \(60, 120, 120\)\), use"
     )
     with pytest.raises(ValueError, match=message):
         check_memory(refiner, 400_000_000, 2)
