@@ -33,7 +33,7 @@ HISTORY = "history.csv"
 JOB = "job.txt"
 REACH_SAMPLE = 96
 """Side of the piece of the volume on which a segmenter's reach is measured, voxels."""
-ARCHITECTURE_OPTIONS = ("width", "encoder", "encoder_weights", "three_axes")
+ARCHITECTURE_OPTIONS = ("width", "encoder", "encoder_weights", "three_axes", "block")
 
 
 def fit_network(job: FitJob) -> Fitted:

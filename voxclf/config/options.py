@@ -108,6 +108,9 @@ class NetworkFitOptions(ComputeOptions):
     encoder: str | None = Field(None, description="unet2d: the network inside, e.g. resnet34, or plain")
     encoder_weights: str | None = Field(None, description="unet2d: what the encoder starts from: imagenet or none")
     three_axes: bool = Field(False, description="unet2d: average the sections across all three axes")
+    block: Literal["acb", "res", "se", "eca"] | None = Field(
+        None, description="res_unet_r, res_unet_h: the block that they are made of; default: acb"
+    )
     input_bank: Literal["multiscale", "edges"] | None = Field(
         None, description="give the network this filter bank's features beside the image"
     )
