@@ -65,12 +65,15 @@ CASES = (
     _network("4conv"),
     _network("4res_valid"),
     _network("dil"),
+    _network("dilres"),
+    _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
     _network("4res", is_exact=False),
     _network("4res_ln", is_exact=False),
     _network("convnext", is_exact=False),
     _network("convnext_dilated", is_exact=False),
     _network("4conv", "--input-bank", "multiscale", label="4conv + bank"),
     _network("4res_valid", "--input-bank", "multiscale", label="4res_valid + bank"),
+    _network("dilres", "--input-bank", "multiscale", label="dilres + bank"),
 )
 
 

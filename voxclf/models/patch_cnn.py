@@ -226,6 +226,33 @@ class Res:
 
 
 @dataclass(frozen=True)
+class DilatedRes:
+    """Two dilated convolutions of the channels at hand, added to their input; valid.
+
+    Parameters
+    ----------
+    dilation : int
+        Largest dilation along an axis; where not even 1 fits, the pair only mixes channels.
+    """
+
+    dilation: int
+
+    def build(self, shape: Shape, style: Style) -> tuple[nn.Module, Shape]:
+        """Build it for one place of a network."""
+        kernel, dilation = _fit_two(3, self.dilation, shape.extent)
+        first, between = _convolution(shape, style, shape.channels, kernel, dilation)
+        second, after = _convolution(between, style, shape.channels, kernel, dilation)
+        z, y, x = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        return Residual(nn.Sequential(first, second), (z, y, x)), after
+
+
+def _fit_two(size: int, dilation: int, extent: Zyx) -> tuple[Zyx, Zyx]:
+    """Kernel and dilation with which two convolutions of 3, or one of 5, fit along each axis."""
+    fits = tuple(min(dilation, (n - 1) // 4) for n in extent)
+    return triple(size if d else 1 for d in fits), triple(max(1, d) for d in fits)
+
+
+@dataclass(frozen=True)
 class DilatedConcat:
     """Two dilated convolutions of 3 after each other, beside one plain convolution of 5 with the same reach.
 
@@ -243,9 +270,8 @@ class DilatedConcat:
     def build(self, shape: Shape, style: Style) -> tuple[nn.Module, Shape]:
         """Build it for one place of a network."""
         channels = style.channels(self.channels)
-        fits = tuple(min(self.dilation, (n - 1) // 4) for n in shape.extent)
-        dilation = triple(max(1, d) for d in fits)
-        small, large = (triple(size if d else 1 for d in fits) for size in (3, 5))
+        small, dilation = _fit_two(3, self.dilation, shape.extent)
+        large, _ = _fit_two(5, self.dilation, shape.extent)
         first, between = _convolution(shape, style, channels, small, dilation)
         second, after = _convolution(between, style, channels, small, dilation)
         beside, _ = _convolution(shape, style, channels, large, dilation, is_plain=True)
@@ -309,6 +335,12 @@ NETWORKS: Mapping[str, tuple[Style, Sequence[Layer]]] = {
     "4res_valid": (
         Style(nn.GELU),
         [Conv(16), max_pool(), Conv(32), Res(), Conv(64), Res(), Conv(128), Res(), average_pool()],
+    ),
+    # Ours: no pool blurs a boundary of two voxels, and the cropped skips carry the centre voxel through unchanged.
+    # A patch of 32 has room for dilations 1, 2 and 4, one of 64 for 8 as well.
+    "dilres": (
+        Style(nn.GELU),
+        [Conv(32), DilatedRes(1), DilatedRes(2), DilatedRes(4), DilatedRes(8), Conv(64, size=1)],
     ),
 }
 

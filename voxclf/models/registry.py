@@ -175,6 +175,12 @@ NETWORKS: Mapping[str, NetworkInfo] = MappingProxyType(
                 "dil", "Dilated convolutions on a patch of 32 or 16: the fastest with a wide view.", 32, is_exact=True
             ),
             _patch_network(
+                "dilres",
+                "Dilated residual blocks without pools on a patch of 32 or 64: keeps thin boundaries sharp.",
+                32,
+                is_exact=True,
+            ),
+            _patch_network(
                 "convnext",
                 "ConvNeXt-Tiny in 3D on a patch of 32 or 16: 31 M parameters, wants pretraining; coarse grid only.",
                 32,

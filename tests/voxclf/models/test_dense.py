@@ -74,7 +74,9 @@ def test_dense_equals_patch_by_patch_in_double_precision(name, backend):
     assert largest_difference(network, network.patch, volume, dense, 4) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "used"), [("3layer", 8), ("4conv", 30), ("dil", 30), ("4res_valid", 32)])
+@pytest.mark.parametrize(
+    ("name", "used"), [("3layer", 8), ("4conv", 30), ("dil", 30), ("4res_valid", 32), ("dilres", 32)]
+)
 def test_receptive_field_is_what_the_gradient_says(name, used):
     network = unsettle(build(name, 2)).double()
     geometry = inspect_geometry(network, network.patch)

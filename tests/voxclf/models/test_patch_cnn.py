@@ -7,7 +7,7 @@ from torch import nn
 from voxclf.models.patch_cnn import ChannelLayerNorm, Concat, Residual
 from voxclf.models.registry import NETWORKS, build, check_model_name, default_patch
 
-PATCH_CNNS = ("3layer", "4conv", "4res", "4res_ln", "4res_valid", "dil")
+PATCH_CNNS = ("3layer", "4conv", "4res", "4res_ln", "4res_valid", "dil", "dilres")
 
 
 def n_parameters(module):
@@ -34,6 +34,8 @@ def expected_parameters(name, n_classes=6, left=1):
         # The last pair of convolutions has one voxel left.
         "4res_valid": (residual - pairs[128] + 2 * conv(128, 128, kernel=1), 128),
         "dil": (first + conv(16, 32) + conv(32, 32) + conv(16, 32, kernel=125, norm=False), 64),
+        # The pair of dilation 8 has two voxels left.
+        "dilres": (conv(1, 32) + 6 * conv(32, 32) + 2 * conv(32, 32, kernel=1) + conv(32, 64, kernel=1), 64),
     }
     backbone, channels = backbones[name]
     return backbone + left * channels * n_classes + n_classes
@@ -41,7 +43,7 @@ def expected_parameters(name, n_classes=6, left=1):
 
 @pytest.mark.parametrize("name", PATCH_CNNS)
 def test_parameters_of_the_published_cube(name):
-    left = 8 if name in ("4res", "4res_ln") else 1
+    left = 8 if name in ("4res", "4res_ln", "dilres") else 1
     assert n_parameters(build(name, 6)) == expected_parameters(name, left=left)
 
 
