@@ -142,9 +142,16 @@ class BilateralFilter:
         self.scale = self.layout.store(np.ones((Z, Y, self.layout.size), dtype=np.float32), 0.0)
         total = np.zeros((Z, 1, Y, X), dtype=np.float32)
         self.add_message(np.ones_like(total), np.ones((1, 1), np.float32), total, with_self=True)
-        is_voxel = self.scale > 0
-        # The true sum is at least one because k_ii = 1.
-        return np.where(is_voxel, 1.0 / np.sqrt(np.maximum(total[:, 0], 1.0)), 0.0).astype(np.float32)
+        is_voxel, scale = self.scale, total[:, 0]
+
+        def invert_root(start: int, stop: int) -> None:
+            part = scale[start:stop]
+            # The true sum is at least one because k_ii = 1.
+            np.sqrt(np.maximum(part, 1.0, out=part), out=part)
+            np.divide(is_voxel[start:stop], part, out=part)
+
+        self.for_each(invert_root, _split(Z, 16))
+        return scale
 
     def add_message(self, belief: Float, matrix: Float, penalty: Float, with_self: bool = False) -> None:
         """penalty (Z, C, Y, X) += matrix · n · K (n · belief), without the self term unless asked."""
@@ -311,7 +318,8 @@ def _iterate(
     """Run the mean-field iterations on `belief`, in place."""
     (wide, wide_offset), (near, near_offset) = problem.reduced_penalties()
     _subtract_offsets(bilateral, wide_offset, spatial, near_offset, log_odds)
-    penalty = np.zeros_like(belief)
+    # Unlike zeros_like, zeros leaves it to the threads to touch the pages first.
+    penalty = np.zeros(belief.shape, dtype=np.float32)
     planes = [volume.reshape(*volume.shape[:2], -1) for volume in (belief, log_odds, penalty)]
     for _ in range(problem.n_iterations):
         if spatial is not None:
@@ -334,7 +342,7 @@ def _subtract_offsets(
 ) -> None:
     """Take the part of the penalties that is the same in every iteration, offset · F(1), off the log-odds."""
     ones = np.ones((len(log_odds), 1, *log_odds.shape[2:]), dtype=np.float32)
-    message = np.zeros_like(ones)
+    message = np.zeros(ones.shape, dtype=np.float32)
     if bilateral is not None:
         bilateral.add_message(ones, np.ones((1, 1), np.float32), message)
         _subtract_product(log_odds, wide_offset, message, bilateral.for_each)
