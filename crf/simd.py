@@ -20,7 +20,7 @@ LANES = 16
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
-class _Vector(types.Type):  # type: ignore[misc]
+class _Vector(types.Type):
     """The type of sixteen float32 lanes."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ _vector = _Vector()
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     """Kept in a vector register."""
 
     def __init__(self, manager: Any, type_: types.Type) -> None:

@@ -25,7 +25,7 @@ WIDE = 32  # two AVX-512 registers: enough independent sums in flight to hide th
 NARROW = 16  # where a formula keeps many values alive, e.g. eigenvalues in double precision
 
 
-class FloatVector(types.Type):  # type: ignore[misc]
+class FloatVector(types.Type):
     """A Numba type: ``lanes`` floats of ``bits`` bits."""
 
     def __init__(self, bits: int, lanes: int) -> None:
@@ -39,7 +39,7 @@ class FloatVector(types.Type):  # type: ignore[misc]
 
 
 @register_model(FloatVector)
-class _FloatVectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _FloatVectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: FloatVector) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
 

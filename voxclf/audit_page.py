@@ -10,19 +10,11 @@ from voxclf.audit import TABLE, Audit, given_and_suggested, inside_volume
 from voxclf.audit_regions import Contradiction
 from voxclf.audit_slices import SliceShift
 from voxclf.config import AuditConfig
-from voxclf.findings_page import (
-    Card,
-    draw_finding,
-    render_csv,
-    render_findings,
-    render_json,
-    show_plane,
-    to_nm,
-    write_texts,
-)
+from voxclf.findings_page import Card, draw_finding, render_findings, show_plane, to_nm
 from voxclf.geometry import ORIGIN, Region, VoxelSize, Zyx
+from voxclf.neuroglancer_state import link_to_region
+from voxclf.pages import render_csv, render_json, write_texts
 from voxclf.report import ReportTable
-from voxclf.suggest_files import neuroglancer_fragment
 
 #: Raised when a field of audit.json changes its meaning.
 JSON_FORMAT = 1
@@ -88,7 +80,7 @@ def _shift_values(shift: SliceShift, audit: Audit) -> dict[str, Any]:
         "margin": shift.gain,
         "evidence": shift.evidence,
         "region": str(region),
-        "neuroglancer": neuroglancer_fragment(region, audit.volume.voxel_size_nm),
+        "neuroglancer": link_to_region(region, audit.volume.voxel_size_nm),
     }
 
 
@@ -109,7 +101,7 @@ def _region_values(found: Contradiction, audit: Audit) -> dict[str, Any]:
         "margin": found.margin,
         "evidence": found.evidence,
         "region": str(found.region),
-        "neuroglancer": neuroglancer_fragment(found.region, audit.volume.voxel_size_nm),
+        "neuroglancer": link_to_region(found.region, audit.volume.voxel_size_nm),
     }
 
 

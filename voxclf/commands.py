@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,10 +233,7 @@ def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
     from voxclf.suggest_files import describe_suggestions, write_suggestions
 
     result = suggest_boxes(config, progress)
-    paths = write_suggestions(result, config)
-    cfg.save_config(config, Path(config.output) / "config.toml")
-    lines, values = describe_suggestions(result)
-    return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
+    return _list_files(config, write_suggestions(result, config), *describe_suggestions(result))
 
 
 def _explore(config: cfg.ExploreConfig, progress: Progress) -> CommandResult:
@@ -255,10 +252,7 @@ def _audit(config: cfg.AuditConfig, progress: Progress) -> CommandResult:
     from voxclf.audit_page import describe_audit, write_audit
 
     result = audit_labels(config, progress)
-    paths = write_audit(result, config)
-    cfg.save_config(config, Path(config.output) / "config.toml")
-    lines, values = describe_audit(result)
-    return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
+    return _list_files(config, write_audit(result, config), *describe_audit(result))
 
 
 def _diff(config: cfg.DiffConfig, progress: Progress) -> CommandResult:
@@ -266,9 +260,17 @@ def _diff(config: cfg.DiffConfig, progress: Progress) -> CommandResult:
     from voxclf.diff_page import describe_diff, write_diff
 
     result = compare_volumes(config, progress)
-    paths = write_diff(result, config)
+    return _list_files(config, write_diff(result, config), *describe_diff(result))
+
+
+def _list_files(
+    config: cfg.SuggestConfig | cfg.AuditConfig | cfg.DiffConfig,
+    paths: Sequence[Path],
+    lines: Sequence[str],
+    values: dict[str, Any],
+) -> CommandResult:
+    """Keep the settings beside what a command found, and say where it was written."""
     cfg.save_config(config, Path(config.output) / "config.toml")
-    lines, values = describe_diff(result)
     return CommandResult([*lines, *(f"written to   {path}" for path in paths)], values)
 
 

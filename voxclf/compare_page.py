@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,10 @@ from voxclf.compare_scores import SCORES, Difference, Standing
 from voxclf.compare_split import survey_within
 from voxclf.config import CompareConfig
 from voxclf.engine.executors import make_executor
-from voxclf.engine.ledger import write_atomically
 from voxclf.figures import render_jpeg, render_svg
 from voxclf.metrics.bootstrap import Interval
 from voxclf.metrics.voxelwise import finite_or_none
+from voxclf.pages import render_csv, render_json, render_template, write_texts
 from voxclf.provenance import describe_input, software_versions, timestamp
 from voxclf.report import ReportFigure
 from voxclf.volume import open_labels, open_volume
@@ -43,10 +39,7 @@ JSON_FORMAT = 1
 
 
 def write_comparison(comparison: Comparison, config: CompareConfig) -> Path:
-    """Write page, table, JSON and pictures into the output folder; return the page's path.
-
-    Each file is written under another name and then renamed, so a reader never sees half of one.
-    """
+    """Write page, table, JSON and pictures into the output folder; return the page's path."""
     folder = Path(config.output)
     volume = open_volume(config.volume, config.voxel_size)
     truth = open_labels(comparison.split.test, volume.shape)
@@ -57,7 +50,6 @@ def write_comparison(comparison: Comparison, config: CompareConfig) -> Path:
         draw_predictions(comparison.standings, volume, truth, survey, comparison.split.region, comparison.label_set),
         PICTURE_DPI,
     )
-    write_atomically(folder / TABLE, render_csv(comparison))
     numbers = to_dict(comparison)
     numbers |= {
         "volume": describe_input(volume),
@@ -65,12 +57,11 @@ def write_comparison(comparison: Comparison, config: CompareConfig) -> Path:
         "versions": software_versions(),
         "finished": timestamp(),
     }
-    write_atomically(folder / NUMBERS, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / PARETO).write_bytes(pareto)
     (folder / PREDICTIONS).write_bytes(predictions)
-    page = folder / PAGE
-    write_atomically(page, render_page(comparison, config, pareto, predictions))
-    return page
+    page = render_page(comparison, config, pareto, predictions)
+    return write_texts(folder, {TABLE: render_table(comparison), NUMBERS: render_json(numbers), PAGE: page})[-1]
 
 
 # --- numbers ---
@@ -134,20 +125,18 @@ def _difference_values(difference: Difference) -> dict[str, Any]:
     return {"name": difference.name, "against": difference.against, "verdict": difference.verdict, **gains}
 
 
-def render_csv(comparison: Comparison) -> str:
+def render_table(comparison: Comparison) -> str:
     """The table, one line per contestant, the best first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     ends = [f"{name}{end}" for name in SCORES for end in ("", "_low", "_high")]
     columns = ["cross_validated_macro_f1", "fit_s", "predict_s", "voxels_per_s", "size", "peak_bytes", "gpu_bytes"]
-    writer.writerow(["rank", "name", "seeds", *ends, *columns])
+    rows = []
     for place, standing in enumerate(comparison.standings, 1):
         values = _standing_values(standing)
         scores = [standing.intervals[name] for name in SCORES]
         numbers = [f"{v:.6g}" for s in scores for v in (s.value, s.low, s.high)]
         row = ["" if values[name] is None else f"{values[name]:.6g}" for name in columns]
-        writer.writerow([place, standing.name, len(standing.runs), *numbers, *row])
-    return text.getvalue()
+        rows.append([place, standing.name, len(standing.runs), *numbers, *row])
+    return render_csv(["rank", "name", "seeds", *ends, *columns], rows)
 
 
 # --- words ---
@@ -222,24 +211,21 @@ def _join(names: Sequence[str]) -> str:
 
 def render_page(comparison: Comparison, config: CompareConfig, pareto: bytes, predictions: bytes) -> str:
     """The page; it refers to nothing outside itself."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"seconds": spell_seconds, "count": spell_count, "interval": _spell}
-    environment.filters["gain"] = lambda interval: _spell(interval, "+.3f")
-    template = environment.from_string(files("voxclf").joinpath("compare.html.jinja").read_text("utf-8"))
-    return template.render(
-        comparison=comparison,
-        labels=comparison.label_set,
-        volume=Path(config.volume).name,
-        summary=summarise(comparison),
-        score_titles=SCORE_TITLES,
-        counted={standing.name: _what_is_counted(standing) for standing in comparison.standings},
-        has_networks=any(standing.contestant.is_network for standing in comparison.standings),
-        seeds=config.seeds,
-        budget=config.time,
-        pareto=ReportFigure("Score and time", "", pareto).data_uri,
-        predictions=ReportFigure("Predictions", "", predictions, "jpeg").data_uri,
-        settings=config.model_dump(mode="json", exclude_none=True),
-        versions=software_versions(),
-    )
+    values = {
+        "comparison": comparison,
+        "labels": comparison.label_set,
+        "volume": Path(config.volume).name,
+        "summary": summarise(comparison),
+        "score_titles": SCORE_TITLES,
+        "counted": {standing.name: _what_is_counted(standing) for standing in comparison.standings},
+        "has_networks": any(standing.contestant.is_network for standing in comparison.standings),
+        "seeds": config.seeds,
+        "budget": config.time,
+        "pareto": ReportFigure("Score and time", "", pareto).data_uri,
+        "predictions": ReportFigure("Predictions", "", predictions, "jpeg").data_uri,
+        "settings": config.model_dump(mode="json", exclude_none=True),
+        "versions": software_versions(),
+    }
+    filters: dict[str, Callable[..., Any]] = {"seconds": spell_seconds, "count": spell_count, "interval": _spell}
+    filters["gain"] = lambda interval: _spell(interval, "+.3f")
+    return render_template("voxclf", "compare.html.jinja", values, filters)

@@ -11,19 +11,11 @@ import numpy as np
 from voxclf.config import DiffConfig
 from voxclf.diff import TABLE, Diff, Difference, volume_nm3
 from voxclf.diff_objects import Fate
-from voxclf.findings_page import (
-    Card,
-    draw_finding,
-    render_csv,
-    render_findings,
-    render_json,
-    show_plane,
-    to_nm,
-    write_texts,
-)
+from voxclf.findings_page import Card, draw_finding, render_findings, show_plane, to_nm
 from voxclf.labels import LabelSet
+from voxclf.neuroglancer_state import link_to_region
+from voxclf.pages import render_csv, render_json, write_texts
 from voxclf.report import ReportTable
-from voxclf.suggest_files import neuroglancer_fragment
 from voxclf.volume import open_volume
 
 #: Raised when a field of diff.json changes its meaning.
@@ -83,7 +75,7 @@ def _difference_values(diff: Diff, rank: int, found: Difference) -> dict[str, An
         "n_voxels": found.n_voxels,
         "volume_nm3": volume_nm3(found.n_voxels, size),
         "region": str(found.region),
-        "neuroglancer": neuroglancer_fragment(found.region, size),
+        "neuroglancer": link_to_region(found.region, size),
     }
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from voxclf.explore_warnings import find_warnings
 from voxclf.json_values import to_json_values
 from voxclf.labelled_slices import spell_runs
 from voxclf.learning_curve import LearningCurve
+from voxclf.pages import render_json, render_template, write_texts
 from voxclf.report import ReportFigure, ReportTable
 
 #: Raised when a field of explore.json changes its meaning.
@@ -39,22 +38,10 @@ class Section:
 
 
 def write_exploration(found: Exploration, config: ExploreConfig) -> Path:
-    """Write ``explore.html`` and ``explore.json`` and return the page's path.
-
-    Each file is written under another name and then renamed, so a reader never sees half of one.
-    """
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``explore.html`` and ``explore.json`` and return the page's path."""
     values = {"format": JSON_FORMAT, **found.to_dict(), "warnings": find_warnings(found)}
-    texts = {
-        "explore.json": json.dumps(to_json_values(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        "explore.html": render_page(found, config),
-    }
-    for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
-    return folder / "explore.html"
+    texts = {"explore.json": render_json(values), "explore.html": render_page(found, config)}
+    return write_texts(Path(config.output), texts)[-1]
 
 
 def describe_exploration(found: Exploration) -> tuple[list[str], dict[str, Any]]:
@@ -84,11 +71,6 @@ def describe_exploration(found: Exploration) -> tuple[list[str], dict[str, Any]]
 
 def render_page(found: Exploration, config: ExploreConfig) -> str:
     """The page; it refers to nothing outside itself."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.tests["number"] = lambda value: isinstance(value, Number)
-    template = environment.from_string(files("voxclf").joinpath("explore.html.jinja").read_text("utf-8"))
     sections = [
         *(_label_sections(found, found.labels, config) if found.labels else [_montage_section(found, config)]),
         _intensity_section(found),
@@ -97,13 +79,15 @@ def render_page(found: Exploration, config: ExploreConfig) -> str:
         _slice_section(found),
         *([_curve_section(found.curve)] if found.curve else []),
     ]
-    return template.render(
-        title=Path(found.path).name,
-        facts=_facts(found),
-        warnings=find_warnings(found),
-        tiles=list(_tiles(found)),
-        sections=sections,
-    )
+    values = {
+        "title": Path(found.path).name,
+        "facts": _facts(found),
+        "warnings": find_warnings(found),
+        "tiles": list(_tiles(found)),
+        "sections": sections,
+    }
+    tests = {"number": lambda value: isinstance(value, Number)}
+    return render_template("voxclf", "explore.html.jinja", values, tests=tests)
 
 
 class Number(str):

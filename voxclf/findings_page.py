@@ -1,22 +1,17 @@
-"""Findings with coordinates as a page of cards, as a table and as JSON: what audits and comparisons share."""
+"""Findings with coordinates as a page of cards: what audits and comparisons of segmentations share."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxclf.figures import PlaneView, draw_overlays, render_jpeg
 from voxclf.geometry import ORIGIN, Region, VoxelSize, Zyx
-from voxclf.json_values import to_json_values
 from voxclf.labels import LabelSet
+from voxclf.pages import render_template
 from voxclf.report import ReportFigure, ReportTable
 from voxclf.volume import Volume
 
@@ -38,37 +33,10 @@ class Card:
     neuroglancer: str
 
 
-def write_texts(folder: Path, texts: Mapping[str, str]) -> tuple[Path, ...]:
-    """Write files under other names and rename them, so that a reader never sees half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(folder / name)
-    return tuple(folder / name for name in texts)
-
-
 def render_findings(title: str, texts: Sequence[str], tables: Sequence[ReportTable], cards: Iterable[Card]) -> str:
     """The page; it refers to nothing outside itself."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("voxclf").joinpath("findings.html.jinja").read_text("utf-8"))
-    return template.render(title=title, texts=texts, tables=tables, cards=list(cards))
-
-
-def render_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table for scripts and spreadsheets."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def render_json(values: Mapping[str, Any]) -> str:
-    """Values as JSON text."""
-    return json.dumps(to_json_values(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    values = {"title": title, "texts": texts, "tables": tables, "cards": list(cards)}
+    return render_template("voxclf", "findings.html.jinja", values)
 
 
 def to_nm(position: Zyx, voxel_size_nm: VoxelSize) -> VoxelSize:

@@ -7,21 +7,21 @@ here. The page is one file without any reference to the outside, so it can be ma
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from voxclf import figures
+from voxclf.json_values import to_json_values
 from voxclf.labels import LabelSet
 from voxclf.metrics.calibration import reliability_table
 from voxclf.metrics.scored import ScoredLabels
 from voxclf.metrics.voxelwise import SCALAR_SCORES, Scores, ScoreTables, finite_or_none
+from voxclf.pages import render_json, render_template, write_texts
 
 #: Raised when a field of report.json changes its meaning.
 JSON_FORMAT = 1
@@ -84,9 +84,10 @@ class Report:
     held_out : ScoredLabels, optional
         Scores on labels never used for fitting.
     honest : ScoredLabels, optional
-        Cross-validation over slabs of the volume separated by at least the model's halo.
+        Slabs of the labels held out from training, apart from it by what the model sees.
     naive : ScoredLabels, optional
-        Cross-validation over voxels split at random.
+        Voxels whose neighbours were trained on (trees: split at random), or that were trained on themselves
+        (networks).
     label_counts : sequence of int, length K, optional
         Labelled voxels per class available for fitting.
     importances : mapping of str to float, optional
@@ -123,7 +124,7 @@ class Report:
 
     @property
     def best(self) -> ScoredLabels | None:
-        """The most trustworthy scores there are: held-out labels, else spatial, else naive cross-validation."""
+        """The most trustworthy scores there are: of labels given for it, else the honest ones, else the naive."""
         return self.held_out or self.honest or self.naive
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,10 +141,12 @@ class Report:
             "label_counts": None if self.label_counts is None else [int(count) for count in self.label_counts],
             "importances": {name: float(value) for name, value in self.importances.items()},
             "times_s": {name: float(value) for name, value in self.times_s.items()},
-            "inputs": _plain(self.inputs),
-            "configuration": _plain(self.configuration),
+            "inputs": to_json_values(self.inputs),
+            "configuration": to_json_values(self.configuration),
             "versions": dict(self.versions),
-            "tables": [{"title": t.title, "columns": list(t.columns), "rows": _plain(t.rows)} for t in self.tables],
+            "tables": [
+                {"title": t.title, "columns": list(t.columns), "rows": to_json_values(t.rows)} for t in self.tables
+            ],
             "figures": [figure.title for figure in self.figures],
         }
 
@@ -174,8 +177,8 @@ def find_warnings(report: Report) -> list[str]:
         gap = report.naive.scores.macro_f1 - report.honest.scores.macro_f1
         if gap > 0.05:
             found.append(
-                f"The naive score is {gap:.3f} macro F1 above the honest one: neighbouring voxels resemble "
-                "each other so much that a random split flatters the model. Quote the honest score."
+                f"The naive score is {gap:.3f} macro F1 above the honest one: where it was trained, and right beside, "
+                "the model is much better than elsewhere. Quote the honest score."
             )
     return found
 
@@ -291,55 +294,27 @@ def _score_figures(labels: LabelSet, scored: ScoredLabels, tables: ScoreTables) 
 def write_report(report: Report, folder: str | Path) -> Path:
     """Write ``report.html`` and ``report.json`` into `folder`, replacing older ones, and return the page's
     path.
-
-    Each file is written under another name first and then renamed, so a reader never sees half a file.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = report.to_dict()
-    text = json.dumps(numbers, indent=1, allow_nan=False, ensure_ascii=False)
-    _replace_file(folder / "report.json", text + "\n")
-    page = folder / "report.html"
-    _replace_file(page, render_html(report))
-    return page
-
-
-def _replace_file(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    texts = {"report.json": render_json(report.to_dict()), "report.html": render_html(report)}
+    return write_texts(Path(folder), texts)[-1]
 
 
 def render_html(report: Report) -> str:
     """Return the report as one HTML page that refers to nothing outside itself."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["score"] = _format_score
-    environment.filters["cell"] = lambda value: _format_score(value) if _is_float(value) else _format_cell(value)
-    environment.tests["number"] = lambda value: _is_float(value) or isinstance(value, (int, np.integer))
-    environment.filters["duration"] = _format_duration
-    template = environment.from_string(files("voxclf").joinpath("report.html.jinja").read_text("utf-8"))
     columns = _score_columns(report)
-    return template.render(
-        report=report,
-        warnings=[*report.warnings, *find_warnings(report)],
-        columns=columns,
-        score_rows=_score_rows(columns),
-        headline=_headline(report),
-        class_rows=_class_rows(report),
-        absent=[report.labels.names[k] for k in report.best.scores.absent] if report.best else [],
-        total_s=sum(report.times_s.values()),
-        details=[
-            (title, _flatten(values))
-            for title, values in (
-                ("Input", report.inputs),
-                ("Configuration", report.configuration),
-                ("Versions", report.versions),
-            )
-            if values
-        ],
-    )
+    details = (("Input", report.inputs), ("Configuration", report.configuration), ("Versions", report.versions))
+    values = {
+        "report": report,
+        "warnings": [*report.warnings, *find_warnings(report)],
+        "columns": columns,
+        "score_rows": _score_rows(columns),
+        "headline": _headline(report),
+        "class_rows": _class_rows(report),
+        "absent": [report.labels.names[k] for k in report.best.scores.absent] if report.best else [],
+        "total_s": sum(report.times_s.values()),
+        "details": [(title, _flatten(settings)) for title, settings in details if settings],
+    }
+    return render_template("voxclf", "report.html.jinja", values, FILTERS, TESTS)
 
 
 def _score_columns(report: Report) -> list[tuple[str, str, ScoredLabels]]:
@@ -348,14 +323,14 @@ def _score_columns(report: Report) -> list[tuple[str, str, ScoredLabels]]:
         ("Held-out labels", "Labels the model was not trained on", report.held_out),
         (
             "Honest",
-            "Spatial cross-validation: trained on some slabs of the labels, tested on others at least as "
-            "far away as the model can see; this is what to expect from the unlabelled rest of the volume",
+            "Slabs of the labels that the model scored here was not trained on, kept as far from its training "
+            "labels as it can see; this is what to expect from the unlabelled rest of the volume",
             report.honest,
         ),
         (
             "Naive",
-            "Cross-validation over voxels split at random, so that nearly every test voxel touches a "
-            "training voxel; shown only to tell how far such a score flatters",
+            "Voxels that the model scored here was trained on, or that lie among those; shown only to tell how "
+            "far such a score flatters",
             report.naive,
         ),
     )
@@ -439,6 +414,14 @@ def _format_cell(value: Any) -> str:
     return str(value)
 
 
+def _format_cell_or_score(value: Any) -> str:
+    return _format_score(value) if _is_float(value) else _format_cell(value)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_float(value) or isinstance(value, (int, np.integer))
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, (float, np.floating))
 
@@ -451,18 +434,6 @@ def _format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
 
 
-def _plain(value: Any) -> Any:
-    """Turn settings into what JSON can hold: paths become text, arrays lists, nan None."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return str(value)
+FILTERS = {"score": _format_score, "cell": _format_cell_or_score, "duration": _format_duration}
+TESTS = {"number": _is_number}
+"""What ``report.html.jinja`` applies beside Jinja's own."""

@@ -1,25 +1,17 @@
-"""Suggested boxes as files: a table for scripts, JSON, a page with pictures, and links into a viewer.
-
-A link is the fragment of a neuroglancer address, ``#!+{state}``. The ``+`` makes neuroglancer move to the box and
-keep the layers it shows, so the fragment can be put behind the address of any session. No neuroglancer is needed
-to write it.
-"""
+"""Suggested boxes as files: a table for scripts, JSON, a page with pictures, and links into a viewer."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from voxclf.config import SuggestConfig
 from voxclf.figures import PlaneView, draw_overlays, render_jpeg
 from voxclf.geometry import ORIGIN, Region, VoxelSize, Zyx
 from voxclf.labels import LabelSet
+from voxclf.neuroglancer_state import link_to_region
+from voxclf.pages import render_csv, render_json, render_template, write_texts
 from voxclf.predict import LABELS
 from voxclf.report import ReportFigure
 from voxclf.suggest import TABLE, Suggestion, Suggestions
@@ -32,35 +24,11 @@ THUMBNAIL_DPI = 80
 
 
 def write_suggestions(suggestions: Suggestions, config: SuggestConfig) -> tuple[Path, ...]:
-    """Write the table, the JSON and, where the volume was given, the page; return their paths.
-
-    Each file is written under another name and then renamed, so a reader never sees half of one.
-    """
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {TABLE: render_csv(suggestions), "suggestions.json": json.dumps(to_dict(suggestions), indent=1) + "\n"}
+    """Write the table, the JSON and, where the volume was given, the page; return their paths."""
+    texts = {TABLE: render_table(suggestions), "suggestions.json": render_json(to_dict(suggestions))}
     if config.volume:
         texts["suggestions.html"] = render_page(suggestions, config)
-    for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", newline="")
-        partial.replace(folder / name)
-    return tuple(folder / name for name in texts)
-
-
-def neuroglancer_fragment(region: Region, voxel_size_nm: VoxelSize) -> str:
-    """The end of a neuroglancer address that moves to the centre of a box.
-
-    Neuroglancer lists axes as x, y, z and lengths in metres; a position counts voxels from the volume's corner.
-    """
-    centre = [(a + b) / 2 for a, b in zip(region.start, region.stop, strict=True)]
-    state = {
-        "dimensions": {
-            axis: [float(f"{size:.9g}e-9"), "m"] for axis, size in zip("xyz", voxel_size_nm[::-1], strict=True)
-        },
-        "position": centre[::-1],
-    }
-    return "#!+" + quote(json.dumps(state, separators=(",", ":")), safe="")
+    return write_texts(Path(config.output), texts)
 
 
 def to_dict(suggestions: Suggestions) -> dict[str, Any]:
@@ -86,32 +54,29 @@ def _box_values(box: Suggestion, voxel_size_nm: VoxelSize) -> dict[str, Any]:
         "rarity": box.rarity,
         "diversity": box.diversity,
         "classes": [{"name": name, "share": share} for name, share in box.classes],
-        "neuroglancer": neuroglancer_fragment(box.region, voxel_size_nm),
+        "neuroglancer": link_to_region(box.region, voxel_size_nm),
     }
 
 
-def render_csv(suggestions: Suggestions) -> str:
+def render_table(suggestions: Suggestions) -> str:
     """The table with one line per box; ``region`` is what ``--region`` takes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     corners = [f"{axis}{end}" for end in (0, 1) for axis in "zyx"]
     centres = [f"centre_{axis}_nm" for axis in "zyx"]
     factors = ["score", "uncertainty", "rarity", "diversity"]
-    writer.writerow(["rank", *corners, *centres, *factors, "classes", "region", "neuroglancer"])
-    for box in suggestions.boxes:
-        writer.writerow(
-            [
-                box.rank,
-                *box.region.start,
-                *box.region.stop,
-                *(f"{c:g}" for c in box.centre_nm),
-                *(f"{getattr(box, factor):.6g}" for factor in factors),
-                _spell_classes(box),
-                box.region,
-                neuroglancer_fragment(box.region, suggestions.voxel_size_nm),
-            ]
-        )
-    return text.getvalue()
+    rows = (
+        [
+            box.rank,
+            *box.region.start,
+            *box.region.stop,
+            *(f"{c:g}" for c in box.centre_nm),
+            *(f"{getattr(box, factor):.6g}" for factor in factors),
+            _spell_classes(box),
+            box.region,
+            link_to_region(box.region, suggestions.voxel_size_nm),
+        ]
+        for box in suggestions.boxes
+    )
+    return render_csv(["rank", *corners, *centres, *factors, "classes", "region", "neuroglancer"], rows)
 
 
 def describe_suggestions(suggestions: Suggestions) -> tuple[list[str], dict[str, Any]]:
@@ -140,18 +105,15 @@ def _spell_classes(box: Suggestion) -> str:
 
 def render_page(suggestions: Suggestions, config: SuggestConfig) -> str:
     """The page that shows every box; it refers to nothing outside itself."""
-    from jinja2 import Environment, StrictUndefined
-
     assert config.volume is not None
     image = open_volume(config.volume, suggestions.voxel_size_nm)
     predicted = open_volume(Path(config.prediction) / LABELS, kind="labels")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("voxclf").joinpath("suggest.html.jinja").read_text("utf-8"))
-    return template.render(
-        volume=Path(config.volume).name,
-        suggestions=suggestions,
-        cards=list(_cards(suggestions, image, predicted)),
-    )
+    values = {
+        "volume": Path(config.volume).name,
+        "suggestions": suggestions,
+        "cards": list(_cards(suggestions, image, predicted)),
+    }
+    return render_template("voxclf", "suggest.html.jinja", values)
 
 
 def _cards(suggestions: Suggestions, image: Volume, predicted: Volume) -> Iterator[dict[str, Any]]:
@@ -160,7 +122,7 @@ def _cards(suggestions: Suggestions, image: Volume, predicted: Volume) -> Iterat
             "box": box,
             "classes": _spell_classes(box),
             "picture": _picture(box, suggestions.label_set, image, predicted).data_uri,
-            "neuroglancer": neuroglancer_fragment(box.region, suggestions.voxel_size_nm),
+            "neuroglancer": link_to_region(box.region, suggestions.voxel_size_nm),
         }
 
 

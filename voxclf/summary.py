@@ -55,6 +55,7 @@ def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, A
         format_scores("honest", scores.honest),
         format_scores("naive", scores.naive),
         f"{'':<12} honest: {scores.honest.note}",
+        f"{'':<12} naive: {scores.naive.note}",
     ]
     rounds = result.model.training["honest_macro_f1_by_round"]
     if len(rounds) > 1:

@@ -22,10 +22,10 @@ from voxclf.config import ViewConfig
 from voxclf.formats.ome_metadata import Kind
 from voxclf.geometry import VoxelSize, Zyx
 from voxclf.labels import LabelSet
+from voxclf.neuroglancer_state import image_layer, label_layer, make_state, probability_layers, to_fragment
 from voxclf.predict import LABELS, PROBABILITIES
 from voxclf.provenance import IntensityStatistics
 from voxclf.view_server import HOST, FolderSource, Source, ViewServer, VolumeSource
-from voxclf.view_state import image_layer, label_layer, make_state, probability_layers, to_fragment
 from voxclf.volume import Volume, open_volume
 
 DEFAULT_PORT = 9280

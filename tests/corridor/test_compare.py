@@ -92,7 +92,8 @@ def test_numbers_are_those_of_fit_predict_and_evaluate(project, compared, tmp_pa
         assert kept[score] == scores[score]
         values = [s[score] for s in contestant["seeds"]]
         assert contestant[score]["value"] == pytest.approx(np.mean(values))
-        assert contestant[score]["low"] <= contestant[score]["value"] <= contestant[score]["high"]
+        # The volume is smaller than a cell of the bootstrap, so there is nothing to draw from.
+        assert (contestant[score]["low"], contestant[score]["high"]) == (None, None)
 
 
 def test_the_table_says_the_same_as_the_json(compared):

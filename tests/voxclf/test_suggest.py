@@ -23,9 +23,9 @@ from voxclf.engine.run import reduce_blocks
 from voxclf.errors import FormatError, OutputExistsError
 from voxclf.geometry import Region, split_into_blocks
 from voxclf.labels import LabelSet
+from voxclf.neuroglancer_state import link_to_region
 from voxclf.provenance import IntensityStatistics
 from voxclf.suggest import suggest_boxes
-from voxclf.suggest_files import neuroglancer_fragment
 from voxclf.volume import create_volume, open_volume
 
 SHAPE = (16, 64, 72)
@@ -392,8 +392,8 @@ def test_without_the_volume_there_is_no_page(save_prediction):
         suggest(folder)
 
 
-def test_the_neuroglancer_fragment_counts_voxels_from_the_corner_in_xyz():
-    fragment = neuroglancer_fragment(Region((10, 20, 30), (11, 24, 40)), (50, 4.6, 4.6))
+def test_a_link_to_a_region_counts_voxels_from_the_corner_in_xyz():
+    fragment = link_to_region(Region((10, 20, 30), (11, 24, 40)), (50, 4.6, 4.6))
     assert fragment.startswith("#!+")
     assert json.loads(unquote(fragment[3:])) == {
         "dimensions": {"x": [4.6e-9, "m"], "y": [4.6e-9, "m"], "z": [5e-8, "m"]},

@@ -16,9 +16,9 @@ from tests.voxclf.browser import Browser, find_chromium
 from voxclf import cli
 from voxclf.config import ViewConfig, make_config
 from voxclf.labels import LabelSet
+from voxclf.neuroglancer_state import probability_layers, to_fragment
 from voxclf.view import LazyArray, NeuroglancerView, make_sources, open_scene, scene_state
 from voxclf.view_server import FolderSource, ViewServer, VolumeSource
-from voxclf.view_state import probability_layers, to_fragment
 from voxclf.volume import create_volume, open_volume
 
 SIZE = (20.0, 10.0, 10.0)

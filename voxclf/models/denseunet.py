@@ -36,12 +36,8 @@ class DenseUNet(Segmenter):
 
     Parameters
     ----------
-    name, n_classes, in_channels
+    name, n_classes, in_channels, voxel_size_nm, width
         See :class:`Segmenter`.
-    voxel_size_nm : (z, y, x)
-        Decides along which axes each level strides (:func:`~voxclf.models.segmenter.plan_strides`).
-    width : float
-        Factor on all channel numbers.
     layers : sequence of four int
         Layers of the dense blocks.
     """

@@ -239,6 +239,15 @@ def sees(device: Literal["cuda", "mps"]) -> bool:
     return bool(torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available())
 
 
+def free_gpu_bytes(device: str = "cuda") -> int:
+    """Memory of an NVIDIA GPU that can still be had, bytes."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for reuse is free for us, though the driver counts it as taken.
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def _check_runs_on(model: TreeModel, device: Literal["cuda", "mps"]) -> None:
     if not isinstance(model.classifier, PackedForest):
         raise ValueError(f"--device was {device}, but {model.name} is not made of trees and runs on cpu only; use that")

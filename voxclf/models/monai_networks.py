@@ -31,16 +31,9 @@ NORM = ("batch", {"affine": True})
 
 
 class DynUNet(Segmenter):
-    """nnU-Net's 3D network.
+    """nnU-Net's 3D network; parameters as in :class:`Segmenter`.
 
-    Parameters
-    ----------
-    name, n_classes, in_channels
-        See :class:`Segmenter`.
-    voxel_size_nm : (z, y, x)
-        Along an axis that a level does not halve, voxels are still coarse and its kernels are 1 long.
-    width : float
-        Factor on the published channel numbers.
+    Along an axis that a level does not halve, voxels are still coarse and its kernels are 1 long.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ import torch
 
 from voxclf.geometry import UNIT, Region, Zyx, add, round_up, split_into_blocks
 from voxclf.models.dense import DenseNetwork, InexactNetworkError, inspect_geometry, tune_for_inference
-from voxclf.models.devices import EXACT, PADDED_CHOICES, Inference
+from voxclf.models.devices import EXACT, PADDED_CHOICES, Inference, free_gpu_bytes
 from voxclf.models.network_certificate import TOLERANCES
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import NO_FLIPS, TURN, PatchClassifier, choose_flips
@@ -97,7 +97,7 @@ def _check_exact(model: NetworkModel) -> None:
 
 def _choose_tile(dense: DenseNetwork, inputs: NetworkInput, device: str, inference: Inference) -> Zyx:
     """The largest cube whose activations fit the budget: of the job on a CPU, of what is free on a GPU."""
-    budget = ACTIVATION_SHARE * (_free_bytes(device) if device == "cuda" else inference.memory_bytes)
+    budget = ACTIVATION_SHARE * (free_gpu_bytes(device) if device == "cuda" else inference.memory_bytes)
     sides = [side for side in TILE_SIDES if device == "cuda" or side <= LARGEST_CPU_TILE]
     for side in sides:
         tile = (side, side, side)
@@ -120,12 +120,6 @@ def margins(dense: DenseNetwork) -> tuple[Zyx, Zyx]:
     before = tuple(p // 2 for p in dense.patch)
     after = tuple(r - 1 - b for r, b in zip(dense.receptive_field, before, strict=True))
     return before, after  # type: ignore[return-value]
-
-
-def _free_bytes(device: str) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    # What torch keeps for reuse is free for us, though the driver counts it as taken.
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,13 +36,11 @@ class ResUNet(Segmenter):
 
     Parameters
     ----------
-    name, n_classes, in_channels
+    name, n_classes, in_channels, width
         See :class:`Segmenter`.
     voxel_size_nm : (z, y, x)
         Steps down and flat kernels leave the coarsest axis out, as published for sections; where voxels are
         isotropic there is no such axis, and both take all three.
-    width : float
-        Factor on the published channel numbers.
     block : "acb", "res", "se" or "eca"
         See :data:`BLOCKS`.
     """

@@ -39,6 +39,13 @@ class Segmenter(nn.Module):
     divisor : (z, y, x), optional
         What sizes must be multiples of, where that is less: crops are padded to it.
 
+    Subclasses are built by the registry and take, beside name, classes and channels:
+
+    voxel_size_nm : (z, y, x)
+        Decides which axes the network halves, by :func:`plan_strides` unless the subclass says how.
+    width : float
+        Factor on the published channel numbers.
+
     Attributes
     ----------
     patch : (z, y, x)

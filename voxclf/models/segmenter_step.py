@@ -24,7 +24,7 @@ import torch
 
 from voxclf.geometry import Block, Region, Zyx, add, round_up, split_into_blocks
 from voxclf.metrics.calibration import CalibrationMap
-from voxclf.models.devices import EXACT, Inference
+from voxclf.models.devices import EXACT, Inference, free_gpu_bytes
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import NO_FLIPS, TURN, Flips, activation_bytes, choose_flips
 from voxclf.models.segmenter import Segmenter
@@ -56,7 +56,7 @@ def make_segmenter_step(model: NetworkModel, device: str = "cpu", inference: Inf
     assert isinstance(network, Segmenter)
     stored = model.training.get(REACH_KEY)
     reach = Reach.from_dict(stored) if stored else measure_reach(network, device=device)
-    free = torch.cuda.mem_get_info(device)[0] if device == "cuda" else inference.memory_bytes
+    free = free_gpu_bytes(device) if device == "cuda" else inference.memory_bytes
     return SegmenterStep(
         network,
         model.inputs,

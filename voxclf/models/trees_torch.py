@@ -21,6 +21,7 @@ from features.bank import FilterBank
 from features.torch_bank import compute_torch
 from voxclf.feature_stack import FeatureStack
 from voxclf.geometry import UNIT, Region, Zyx, add, split_into_blocks
+from voxclf.models.devices import free_gpu_bytes
 from voxclf.models.forest_torch import TorchForest
 from voxclf.models.packed_forest import PackedForest
 
@@ -122,7 +123,8 @@ class TorchTreePredictor:
 
     def _part_shape(self, core_shape: Zyx) -> Zyx:
         """Halve the longest side until a part fits; halos make small parts dear, so no smaller than needed."""
-        budget = self.part_bytes or _free_bytes(self.device) // 2
+        free = free_gpu_bytes(self.device) if self.device == "cuda" else 2 * HOST_PART_BYTES
+        budget = self.part_bytes or free // 2
         z, y, x = core_shape
         while self.device_bytes((z, y, x)) > budget and max(z, y, x) > 1:
             sides = [z, y, x]
@@ -138,11 +140,3 @@ class TorchTreePredictor:
     def __getstate__(self) -> dict[str, Any]:
         # What lies on the device stays behind; another process puts its own copy there.
         return {key: value for key, value in self.__dict__.items() if key != "_on_device"}
-
-
-def _free_bytes(device: str) -> int:
-    if device != "cuda":
-        return 2 * HOST_PART_BYTES
-    free, _ = torch.cuda.mem_get_info()
-    # What torch keeps for reuse is free for us, though the driver counts it as taken.
-    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

@@ -25,17 +25,7 @@ CHANNELS = (32, 64, 128, 256)
 
 
 class UNet3D(Segmenter):
-    """3D UNet.
-
-    Parameters
-    ----------
-    name, n_classes, in_channels
-        See :class:`Segmenter`.
-    voxel_size_nm : (z, y, x)
-        Decides along which axes each level pools (:func:`~voxclf.models.segmenter.plan_strides`).
-    width : float
-        Factor on the published channel numbers.
-    """
+    """3D UNet; parameters as in :class:`Segmenter`."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ of them would take most of the time of a fit."""
 class CrossValidation:
     """Scores of models on labels they were not trained on.
 
-    ``honest`` comes from held-out slabs, with intervals; ``naive`` from voxels held out at random.
+    ``honest`` comes from held-out slabs, with intervals; ``naive`` from voxels held out at random (trees) or trained
+    on (networks). The notes of both say which.
     """
 
     honest: ScoredLabels

@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from voxclf.geometry import VoxelSize, Zyx
+from voxclf.geometry import Region, VoxelSize, Zyx
 from voxclf.labels import LabelSet
 
+PANEL_PIXELS = 400
 IMAGE_SHADER = "#uicontrol invlerp normalized\nvoid main() { emitGrayscale(normalized()); }\n"
 
 
@@ -78,9 +79,19 @@ def make_state(
     }
 
 
-PANEL_PIXELS = 400
-
-
 def to_fragment(state: Mapping[str, Any]) -> str:
     """The end of a neuroglancer address that holds a state."""
-    return "#!" + quote(json.dumps(state, separators=(",", ":")), safe="")
+    return "#!" + _spell(state)
+
+
+def link_to_region(region: Region, voxel_size_nm: VoxelSize) -> str:
+    """The end of a neuroglancer address, ``#!+{state}``, that moves to the centre of a box.
+
+    The ``+`` keeps the layers that neuroglancer shows, so it can be put behind the address of any session.
+    """
+    centre = [(a + b) / 2 for a, b in zip(region.start, region.stop, strict=True)]
+    return "#!+" + _spell({"dimensions": dimensions(voxel_size_nm), "position": centre[::-1]})
+
+
+def _spell(state: Mapping[str, Any]) -> str:
+    return quote(json.dumps(state, separators=(",", ":")), safe="")
