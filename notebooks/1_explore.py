@@ -42,8 +42,8 @@ from voxclf import figures
 from voxclf.config import ExploreConfig
 from voxclf.datasets import make_phantom, write_phantom
 from voxclf.explore import explore
-from voxclf.explore_montage import cut_montage
-from voxclf.explore_warnings import find_warnings
+from voxclf.explore.data_warnings import find_warnings
+from voxclf.explore.montage import cut_montage
 
 # %% tags=["parameters"]
 DATA = "phantom"  # or "vnc", "flyem"
@@ -163,7 +163,7 @@ figures.draw_bars(labels.names, apart.recall, "share of the class that the best 
 # ## Is the volume sound?
 #
 # How alike two voxels are, by their distance. In isotropic tissue the lines lie over each other if the voxel size is
-# right. The drop at the first step is noise.
+# right. Where voxels are small, a drop at the first step is noise; a first step as long as a thick section is not.
 
 # %%
 sizes = found.voxel_size_nm
@@ -177,8 +177,8 @@ curves = [
 figures.draw_curves(curves, "distance (nm)", "correlation")
 
 # %% [markdown]
-# Each slice against the next one and the one after. A dip would be a damaged or missing slice; crossing lines, slices
-# out of order.
+# Each slice against the next one and the one after. A sudden deep dip would be a damaged or missing slice; crossing
+# lines, slices out of order. Some up and down is the tissue's own: what stands out of it is among the warnings below.
 
 # %%
 z = list(range(found.shape[0]))

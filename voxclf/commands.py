@@ -148,7 +148,7 @@ def _evaluate(config: cfg.EvaluateConfig, progress: Progress) -> CommandResult:
 
 def _compare(config: cfg.CompareConfig, progress: Progress) -> CommandResult:
     from voxclf.compare import compare_models
-    from voxclf.compare_page import describe_comparison, to_dict, write_comparison
+    from voxclf.compare.page import describe_comparison, to_dict, write_comparison
 
     result = compare_models(config, progress)
     page = write_comparison(result, config)
@@ -230,7 +230,7 @@ def _structure_values(change: StructureChange) -> dict[str, Any]:
 
 def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
     from voxclf.suggest import suggest_boxes
-    from voxclf.suggest_files import describe_suggestions, write_suggestions
+    from voxclf.suggest.files import describe_suggestions, write_suggestions
 
     result = suggest_boxes(config, progress)
     return _list_files(config, write_suggestions(result, config), *describe_suggestions(result))
@@ -238,7 +238,7 @@ def _suggest(config: cfg.SuggestConfig, progress: Progress) -> CommandResult:
 
 def _explore(config: cfg.ExploreConfig, progress: Progress) -> CommandResult:
     from voxclf.explore import explore
-    from voxclf.explore_page import describe_exploration, write_exploration
+    from voxclf.explore.page import describe_exploration, write_exploration
 
     found = explore(config, progress)
     page = write_exploration(found, config)
@@ -249,7 +249,7 @@ def _explore(config: cfg.ExploreConfig, progress: Progress) -> CommandResult:
 
 def _audit(config: cfg.AuditConfig, progress: Progress) -> CommandResult:
     from voxclf.audit import audit_labels
-    from voxclf.audit_page import describe_audit, write_audit
+    from voxclf.audit.page import describe_audit, write_audit
 
     result = audit_labels(config, progress)
     return _list_files(config, write_audit(result, config), *describe_audit(result))
@@ -257,7 +257,7 @@ def _audit(config: cfg.AuditConfig, progress: Progress) -> CommandResult:
 
 def _diff(config: cfg.DiffConfig, progress: Progress) -> CommandResult:
     from voxclf.diff import compare_volumes
-    from voxclf.diff_page import describe_diff, write_diff
+    from voxclf.diff.page import describe_diff, write_diff
 
     result = compare_volumes(config, progress)
     return _list_files(config, write_diff(result, config), *describe_diff(result))

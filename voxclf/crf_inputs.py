@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from voxclf.config import CrfInput
 from voxclf.errors import FormatError
 from voxclf.formats.source import SourceInfo
-from voxclf.geometry import Region, VoxelSize, Zyx, parse_region
+from voxclf.geometry import Region, Zyx, parse_region
 from voxclf.labels import LabelSet
+from voxclf.models.crf_volumes import CrfVolumes
 from voxclf.predict import LABELS, PROBABILITIES
 from voxclf.provenance import describe_input
 from voxclf.volume import Volume, open_volume
@@ -30,47 +31,18 @@ MOST_CHANNELS = 3
 
 
 @dataclass(frozen=True)
-class CrfVolumes:
-    """The volumes that a CRF reads.
+class PredictedVolumes(CrfVolumes):
+    """The volumes of a CRF, and the ``region`` that was predicted."""
 
-    Parameters
-    ----------
-    probabilities : Volume
-    images : tuple of Volume
-        The image, and the guide if there is one; C channels altogether.
-    label_set : LabelSet
-        The K classes of the probabilities.
-    region : Region
-        What was predicted.
-    """
-
-    probabilities: Volume
-    images: tuple[Volume, ...]
-    label_set: LabelSet
     region: Region
-
-    @property
-    def n_channels(self) -> int:
-        """C."""
-        return sum(volume.n_channels for volume in self.images)
-
-    @property
-    def voxel_size_nm(self) -> VoxelSize:
-        """Of all volumes."""
-        return self.images[0].voxel_size_nm
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Path, geometry and fingerprint of each, for provenance."""
         named = dict(zip(("volume", "guide"), self.images, strict=False))
         return {name: describe_input(volume) for name, volume in {"prediction": self.probabilities, **named}.items()}
 
-    @property
-    def inputs(self) -> list[Volume]:
-        """In the order in which the step takes them."""
-        return [*self.images, self.probabilities]
 
-
-def open_crf_volumes(config: CrfInput) -> CrfVolumes:
+def open_crf_volumes(config: CrfInput) -> PredictedVolumes:
     """Open the volumes of a CRF and check that they belong together.
 
     The image's voxel size may be missing: the prediction states it.
@@ -103,7 +75,7 @@ def open_crf_volumes(config: CrfInput) -> CrfVolumes:
     # A prediction of a region is 0 around it, which is no probability.
     predicted = probabilities.metadata.get("provenance", {}).get("region")
     region = parse_region(predicted, image.shape) if predicted else Region((0, 0, 0), image.shape)
-    return CrfVolumes(probabilities, images, label_set, region)
+    return PredictedVolumes(images, probabilities, label_set, region)
 
 
 def _open_probabilities(path: str) -> Volume:

@@ -1,4 +1,4 @@
-"""Findings with coordinates as a page of cards: what audits and comparisons of segmentations share."""
+"""Findings with coordinates as a page of cards: what audits, suggestions and comparisons of segmentations share."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def show_plane(region: Region, axis: int, position: int, shape: Zyx) -> Region:
 def draw_finding(
     image: Volume,
     label_set: LabelSet,
-    classes: tuple[np.ndarray, np.ndarray],
+    classes: tuple[np.ndarray | None, np.ndarray],
     shown: Region,
     axis: int,
     framed: Region,
     titles: tuple[str, str],
 ) -> str:
-    """Draw image, first and second classes side by side, with a frame around the finding; returns a data URI.
+    """Draw image and classes side by side, with a frame around the finding; returns a data URI.
 
     Parameters
     ----------
     classes : pair of ndarray of int, shape of ``shown``
-        Class indices.
+        Class indices; the first may be None, for a picture of the second alone.
     framed : Region
         The finding; no frame is drawn around what fills the picture.
     titles : pair of str
@@ -81,10 +81,11 @@ def draw_finding(
     from matplotlib.patches import Rectangle
 
     plane = image.read(shown.start, shown.stop)[0]
-    cut = [np.take(array, 0, axis=axis) for array in (plane, *classes)]
+    cut, first, second = (None if array is None else np.take(array, 0, axis=axis) for array in (plane, *classes))
+    assert cut is not None
     rows, columns = (a for a in range(3) if a != axis)
     size = image.voxel_size_nm
-    view = PlaneView(f"{'zyx'[axis]} = {shown.start[axis]}", cut[0], cut[1], cut[2], (size[rows], size[columns]))
+    view = PlaneView(f"{'zyx'[axis]} = {shown.start[axis]}", cut, first, second, (size[rows], size[columns]))
     figure = draw_overlays([view], label_set, opacity=0.4)
     framed = framed.intersect(shown)
     corner = (framed.start[columns] - shown.start[columns] - 0.5, framed.start[rows] - shown.start[rows] - 0.5)

@@ -33,6 +33,8 @@ def render_template(
 ) -> str:
     """Fill in a Jinja template that lies in ``package``; a name that it uses and nobody gave is an error.
 
+    Its name ``style`` is ``pages.css``, what all pages share.
+
     Parameters
     ----------
     package, name : str
@@ -43,11 +45,13 @@ def render_template(
         What the template may apply beside Jinja's own.
     """
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= dict(filters or {})
     environment.tests |= dict(tests or {})
-    return environment.from_string(files(package).joinpath(name).read_text("utf-8")).render(values)
+    template = environment.from_string(files(package).joinpath(name).read_text("utf-8"))
+    return template.render(values, style=Markup(files("voxclf").joinpath("pages.css").read_text("utf-8")))
 
 
 def render_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from voxclf.config import CrfRefineConfig, CrfTuneConfig, PredictConfig, RunConfig, make_config
-from voxclf.crf_inputs import CrfVolumes, open_crf_volumes
+from voxclf.crf_inputs import PredictedVolumes, open_crf_volumes
 from voxclf.engine.executors import Executor, SerialExecutor, ThreadExecutor, available_cores, make_executor
 from voxclf.engine.run import LEAST_CHUNK
 from voxclf.errors import OutputExistsError
@@ -181,7 +181,7 @@ def tune_parameters(config: CrfTuneConfig, progress: Progress = silent) -> CrfTu
         _check_made_by(volumes, Path(config.model))
     labels = open_labels(config.labels, volumes.probabilities.shape)
     label_set = replace(volumes.label_set, unlabelled=config.unlabelled)
-    inputs = TuningInputs(volumes.images, volumes.probabilities, labels, label_set)
+    inputs = TuningInputs(volumes.images, volumes.probabilities, label_set, labels)
     n_workers = config.workers or available_cores()
     executor = ThreadExecutor(n_workers)
     surveyed = survey_labels(labels, config.unlabelled, executor)
@@ -230,7 +230,7 @@ def choose_output(config: CrfTuneConfig) -> Path:
     return Path(config.model) / FILE if config.model else Path(str(config.output))
 
 
-def _check_made_by(volumes: CrfVolumes, model: Path) -> None:
+def _check_made_by(volumes: PredictedVolumes, model: Path) -> None:
     made_by = volumes.probabilities.metadata.get("provenance", {}).get("model")
     if made_by != model_fingerprint(model):
         raise ValueError(
@@ -239,7 +239,7 @@ def _check_made_by(volumes: CrfVolumes, model: Path) -> None:
         )
 
 
-def _refuse_training_labels(volumes: CrfVolumes, labels: Volume, survey: LabelSurvey) -> None:
+def _refuse_training_labels(volumes: PredictedVolumes, labels: Volume, survey: LabelSurvey) -> None:
     """Refuse labels that the model knows, where the prediction says what it was trained on."""
     trained_on = volumes.probabilities.metadata.get("provenance", {}).get("trained_on")
     if not trained_on:
@@ -292,7 +292,7 @@ def choose_parameters(config: CrfRefineConfig) -> CrfParameters:
     )
 
 
-def _choose_region(text: str | None, volumes: CrfVolumes) -> Region:
+def _choose_region(text: str | None, volumes: PredictedVolumes) -> Region:
     if not text:
         return volumes.region
     region = parse_region(text, volumes.probabilities.shape)
@@ -363,7 +363,7 @@ def check_memory(refiner: CrfRefiner, memory_bytes: int, n_workers: int) -> None
 
 
 def _describe_job(
-    config: CrfRefineConfig, volumes: CrfVolumes, refiner: CrfRefiner, parameters: CrfParameters, region: Region
+    config: CrfRefineConfig, volumes: PredictedVolumes, refiner: CrfRefiner, parameters: CrfParameters, region: Region
 ) -> BlockJob:
     folder = Path(config.output)
     description: dict[str, Any] = {
@@ -402,7 +402,7 @@ def describe_halo(halo: Zyx, tolerance: float) -> str:
     )
 
 
-def compare_structure(volumes: CrfVolumes, refined_labels: Volume, region: Region) -> StructureChange:
+def compare_structure(volumes: PredictedVolumes, refined_labels: Volume, region: Region) -> StructureChange:
     """Count the objects in the central box of a region, in the most probable classes before and in the labels after."""
     box = central_box(region)
     before = volumes.probabilities.read(box.start, box.stop).argmax(axis=0).astype(np.int16)

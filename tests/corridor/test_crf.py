@@ -14,7 +14,7 @@ from tests.conftest import VOXEL_SIZE_NM, read
 from tests.corridor.conftest import SMALL, run
 from voxclf.models.checkpoint import load_model
 from voxclf.models.crf_parameters import CrfParameters
-from voxclf.training import tune_crf as tuning
+from voxclf.training import crf_search
 
 KEPT = CrfParameters((30.0,), 0.15, (10.0,), 1.0, 1.0, 3)
 """Refines the noise of a small forest; not tuned."""
@@ -83,7 +83,7 @@ def test_without_probabilities_nothing_can_be_refined(project, model, tmp_path, 
 
 def test_crf_tune_keeps_its_parameters_with_the_model(project, model, prediction, other_labels, monkeypatch, capsys):
     for name in ("N_START_POINTS", "N_SIMPLEX", "N_FACTORS"):
-        monkeypatch.setattr(tuning, name, 2)
+        monkeypatch.setattr(crf_search, name, 2)
     command = ["crf-tune", prediction, "image.tif", other_labels, "--model", model, "--n-iterations", "2"]
     assert run(project, *command) == 0
     assert f"written to   {model / 'crf.toml'}" in capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_run_refines_with_what_its_model_keeps_and_reports_both(project, tmp_pat
 
 def test_a_crf_is_tuned_while_fitting(project, tmp_path, monkeypatch, capsys):
     for name in ("N_START_POINTS", "N_SIMPLEX", "N_FACTORS"):
-        monkeypatch.setattr(tuning, name, 3)
+        monkeypatch.setattr(crf_search, name, 3)
     model = tmp_path / "model"
     assert run(project, "fit", "image.tif", "labels.tif", "-o", model, "--tune-crf", *SMALL) == 0
     table = tomllib.loads((model / "crf.toml").read_text(encoding="utf-8"))

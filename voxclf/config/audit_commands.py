@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from voxclf.config.base import POSITIONAL, Config, VoxelSizeNm
-from voxclf.config.options import BankOptions, LabelsInput, OverwriteOption, VolumeInput, WorkerOptions
+from voxclf.config.options import BankOptions, LabelsInput, LabelValues, OverwriteOption, VolumeInput, WorkerOptions
 
 
-class AuditConfig(VolumeInput, LabelsInput, BankOptions, WorkerOptions, OverwriteOption):
+class AuditConfig(VolumeInput, LabelsInput, LabelValues, BankOptions, WorkerOptions, OverwriteOption):
     """``voxclf audit``."""
 
     command = "audit"
@@ -18,10 +18,6 @@ class AuditConfig(VolumeInput, LabelsInput, BankOptions, WorkerOptions, Overwrit
         "voxclf audit volume.zarr slices.toml -o AUDIT --top 50 --smallest 200",
     )
     output: str = Field(description="folder for audit.html, audit.csv, audit.json and out_of_fold.zarr")
-    classes: str | None = Field(
-        None, description="class names: '1=membrane,2=mitochondrion' or in order of their ids 'membrane,mitochondrion'"
-    )
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     top: int = Field(100, ge=1, le=10_000, description="how many regions to list")
     smallest: int = Field(60, ge=1, description="smallest region to look at, voxels of a slice")
     samples: int = Field(150_000, ge=100, description="budget of labelled voxels to train on")
@@ -42,7 +38,7 @@ class DiffConfig(WorkerOptions, OverwriteOption):
         description="label volume, or folder from `voxclf predict`, to compare from", json_schema_extra=POSITIONAL
     )
     after: str = Field(description="the same, to compare with", json_schema_extra=POSITIONAL)
-    output: str = Field(description="folder for diff.html, diff.csv and diff.json")
+    output: str = Field(description="folder for diff.html, diff.csv, objects.csv and diff.json")
     volume: str | None = Field(None, description="the image behind them, for pictures of the largest differences")
     voxel_size: VoxelSizeNm | None = Field(
         None, description="z,y,x in nm, e.g. 50,4.6,4.6; needed where neither volume states it"

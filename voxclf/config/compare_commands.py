@@ -5,10 +5,18 @@ from __future__ import annotations
 from pydantic import Field
 
 from voxclf.config.base import Seconds
-from voxclf.config.options import Balance, BankOptions, BlockwiseConfig, ComputeOptions, LabelsInput, VolumeInput
+from voxclf.config.options import (
+    Balance,
+    BankOptions,
+    BlockwiseConfig,
+    ComputeOptions,
+    LabelsInput,
+    LabelValues,
+    VolumeInput,
+)
 
 
-class CompareConfig(VolumeInput, LabelsInput, BankOptions, ComputeOptions, BlockwiseConfig):
+class CompareConfig(VolumeInput, LabelsInput, LabelValues, BankOptions, ComputeOptions, BlockwiseConfig):
     """``voxclf compare``."""
 
     command = "compare"
@@ -36,10 +44,6 @@ class CompareConfig(VolumeInput, LabelsInput, BankOptions, ComputeOptions, Block
     region: str | None = Field(
         None, description="predict and score only z0:z1,y0:y1,x0:x1 (voxels); default: around the labels scored on"
     )
-    classes: str | None = Field(
-        None, description="class names: '1=membrane,2=mitochondrion' or in order of their ids 'membrane,mitochondrion'"
-    )
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     samples: int = Field(150_000, ge=100, description="labelled voxels that trees are trained on")
     balance: Balance = Field("sqrt", description="weight of the classes in training trees, as in `voxclf fit`")
     folds: int = Field(5, ge=2, le=20, description="slabs of the cross-validation within the training labels")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from voxclf.config.base import POSITIONAL, Lengths, MemoryBytes, Seconds
-from voxclf.config.options import BlockwiseConfig, OverwriteOption, PredictionInput, Storage
+from voxclf.config.options import BlockwiseConfig, OverwriteOption, PredictionInput, Storage, UnlabelledOption
 
 
 class CrfInput(PredictionInput):
@@ -73,7 +73,7 @@ class CrfRefineConfig(CrfInput, BlockwiseConfig):
     )
 
 
-class CrfTuneConfig(CrfInput, OverwriteOption):
+class CrfTuneConfig(CrfInput, UnlabelledOption, OverwriteOption):
     """``voxclf crf-tune``."""
 
     command = "crf-tune"
@@ -91,7 +91,6 @@ class CrfTuneConfig(CrfInput, OverwriteOption):
         "model then refine too",
     )
     output: str | None = Field(None, description="parameter file (TOML) to write, where --model is not given")
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     n_iterations: int = Field(5, ge=1, le=1000, description="mean-field iterations, of every refinement too")
     time: Seconds = Field(300.0, description="when to stop the search, e.g. 90s, 5m or 1h")
     workers: int | None = Field(None, ge=1, description="tiles refined at once; default: one per core")

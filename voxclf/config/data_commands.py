@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from voxclf.config.base import POSITIONAL, VoxelCounts, VoxelSizeNm
-from voxclf.config.options import BlockwiseConfig, VolumeInput
+from voxclf.config.options import BlockwiseConfig, UnlabelledOption, VolumeInput
 
 
 class InfoConfig(VolumeInput):
@@ -35,7 +35,7 @@ class ConvertConfig(VolumeInput, BlockwiseConfig):
     pyramid: bool = Field(True, description="add coarser levels for viewers (OME-Zarr)")
 
 
-class SuggestConfig(BlockwiseConfig):
+class SuggestConfig(UnlabelledOption, BlockwiseConfig):
     """``voxclf suggest``."""
 
     command = "suggest"
@@ -54,7 +54,6 @@ class SuggestConfig(BlockwiseConfig):
     labels: str | None = Field(
         None, description="labels so far: what is labelled is left out, and classes with few labels come first"
     )
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     boxes: int = Field(20, ge=1, le=1000, description="how many boxes")
     box_size: VoxelCounts | None = Field(
         None, description="z,y,x of a box in voxels, e.g. 1,64,64; default: up to 64 in the plane, the same nm along z"

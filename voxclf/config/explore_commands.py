@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from voxclf.config.base import POSITIONAL
-from voxclf.config.options import BankOptions, VolumeInput, WorkerOptions
+from voxclf.config.options import BankOptions, LabelValues, VolumeInput, WorkerOptions
 
 
-class ExploreConfig(VolumeInput, BankOptions, WorkerOptions):
+class ExploreConfig(VolumeInput, LabelValues, BankOptions, WorkerOptions):
     """``voxclf explore``."""
 
     command = "explore"
@@ -24,10 +24,6 @@ class ExploreConfig(VolumeInput, BankOptions, WorkerOptions):
         json_schema_extra=POSITIONAL,
     )
     output: str = Field(description="folder for explore.html and explore.json")
-    classes: str | None = Field(
-        None, description="class names: '1=membrane,2=mitochondrion' or in order of their ids 'membrane,mitochondrion'"
-    )
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     voxels: int = Field(
         500_000_000, ge=1_000_000, description="voxels to read of a larger volume, in boxes spread over it"
     )

@@ -14,6 +14,7 @@ from voxclf.config.options import (
     LabelsInput,
     OverwriteOption,
     PredictOptions,
+    UnlabelledOption,
     VolumeInput,
     WorkerOptions,
 )
@@ -44,7 +45,7 @@ class PredictConfig(VolumeInput, PredictOptions, BlockwiseConfig):
     output: str = Field(description="folder for labels.zarr and probabilities.zarr")
 
 
-class EvaluateConfig(WorkerOptions):
+class EvaluateConfig(UnlabelledOption, WorkerOptions):
     """``voxclf evaluate``."""
 
     command = "evaluate"
@@ -54,7 +55,6 @@ class EvaluateConfig(WorkerOptions):
     labels: str = Field(description="true labels: volume or slice listing", json_schema_extra=POSITIONAL)
     output: str | None = Field(None, description="folder for report.html and report.json; default: print only")
     classes: str | None = Field(None, description="class names, where the prediction does not carry them")
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     region: str | None = Field(None, description="score only z0:z1,y0:y1,x0:x1 (voxels)")
 
 

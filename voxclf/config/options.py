@@ -51,6 +51,20 @@ class VolumeInput(Config):
     )
 
 
+class UnlabelledOption(Config):
+    """Which voxels nobody labelled."""
+
+    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
+
+
+class LabelValues(UnlabelledOption):
+    """What the values of a label volume mean."""
+
+    classes: str | None = Field(
+        None, description="class names: '1=membrane,2=mitochondrion' or in order of their ids 'membrane,mitochondrion'"
+    )
+
+
 class LabelsInput(Config):
     """Labels to learn from."""
 
@@ -144,14 +158,10 @@ class NetworkFitOptions(ComputeOptions):
     strategy: str = Field("auto", description="how several GPUs share training, as Lightning names it, e.g. ddp")
 
 
-class FitOptions(BankOptions, NetworkFitOptions):
+class FitOptions(LabelValues, BankOptions, NetworkFitOptions):
     """What decides how a model is trained, beside its inputs."""
 
     model: str = Field("random_forest", description="kind of model; `voxclf models` lists them")
-    classes: str | None = Field(
-        None, description="class names: '1=membrane,2=mitochondrion' or in order of their ids 'membrane,mitochondrion'"
-    )
-    unlabelled: int = Field(0, ge=0, description="label value that means: not labelled")
     samples: int = Field(150_000, ge=100, description="budget of labelled voxels to train on")
     balance: Balance = Field(
         "sqrt",

@@ -50,15 +50,8 @@ def contingency_block(
 def mutual_information(table: NDArray[np.integer]) -> float:
     """Tell how much knowing a voxel's group says about its class, in nats; 0 means nothing.
 
-    Parameters
-    ----------
-    table : ndarray of int, shape (classes, groups)
-        Voxel counts.
-
-    Returns
-    -------
-    float
-        Sum of p_ij ln(p_ij / (p_i p_j)), at most the entropy of the classes; nan for an empty table.
+    Takes the table of :func:`contingency_block`. The sum of p_ij ln(p_ij / (p_i p_j)) is at most the entropy of the
+    classes; nan for an empty table.
     """
     joint = table.astype(np.float64)
     total = joint.sum()
@@ -73,16 +66,9 @@ def mutual_information(table: NDArray[np.integer]) -> float:
 def adjusted_rand_index(table: NDArray[np.integer]) -> float:
     """Tell how often pairs of voxels are together in both or apart in both, beyond chance.
 
-    Parameters
-    ----------
-    table : ndarray of int, shape (classes, groups)
-        Voxel counts.
-
-    Returns
-    -------
-    float
-        1 for the same partition, about 0 for a random one, negative for worse than chance (Hubert & Arabie,
-        "Comparing partitions", Journal of Classification 2, 1985); nan for fewer than two voxels.
+    Takes the table of :func:`contingency_block`. 1 for the same partition, about 0 for a random one, negative for worse
+    than chance (Hubert & Arabie, "Comparing partitions", Journal of Classification 2, 1985); nan for fewer than two
+    voxels.
     """
 
     def pairs(counts: NDArray[np.float64]) -> float:

@@ -26,10 +26,13 @@ NARROWEST_INTENSITY = {1: 0.02, 2: 0.1, 3: 0.25}
 LEAST_IMAGE_SIGMA = 0.35
 """Below this many voxels a Gaussian is one voxel wide; 0 says so."""
 N_SHARES = 2
+"""Coordinates between 0 and 1: how far the penalties follow the contacts, and how far they spare rare classes."""
 LEAST_SHARE = 0.01
 """Frequency below which a class counts as no rarer."""
 STRONGEST_CONTACT = 3.0
+"""Factor by which the contacts of two classes move their penalty, up or down."""
 MOST_PAIRS = 6
+"""Pairs of classes with a penalty of their own."""
 
 
 @dataclass(frozen=True)

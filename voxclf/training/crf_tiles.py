@@ -10,9 +10,9 @@ from itertools import pairwise, product
 import numpy as np
 
 from voxclf.geometry import ORIGIN, Region, VoxelSize, Zyx, subtract
-from voxclf.labels import LabelSet
 from voxclf.metrics.cells import CellGrid
 from voxclf.metrics.structure import count_contacts
+from voxclf.models.crf_volumes import CrfVolumes
 from voxclf.sampling import LabelSurvey
 from voxclf.volume import Volume
 
@@ -28,23 +28,10 @@ N_SPLITS = 64
 
 
 @dataclass(frozen=True)
-class TuningInputs:
-    """Everything a tile is read from; the label set numbers the classes of all alike."""
+class TuningInputs(CrfVolumes):
+    """Everything a tile is read from: the volumes of a CRF, and ``labels``, whose classes the label set numbers too."""
 
-    images: tuple[Volume, ...]
-    probabilities: Volume
     labels: Volume
-    label_set: LabelSet
-
-    @property
-    def n_channels(self) -> int:
-        """Channels of all images together."""
-        return sum(volume.n_channels for volume in self.images)
-
-    @property
-    def voxel_size_nm(self) -> VoxelSize:
-        """Of all volumes."""
-        return self.images[0].voxel_size_nm
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +135,7 @@ def load_tile(inputs: TuningInputs, tile: Tile) -> LoadedTile:
     start, stop = subtract(tile.core.start, read.start), subtract(tile.core.stop, read.start)
     return LoadedTile(
         read_classes(inputs, tile.core),
-        [volume.read(read.start, read.stop) for volume in (*inputs.images, inputs.probabilities)],
+        [volume.read(read.start, read.stop) for volume in inputs.inputs],
         Region(start, stop).slices,
     )
 

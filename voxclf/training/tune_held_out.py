@@ -38,7 +38,7 @@ def check_enough_labels(volume: Volume, labels: Volume, label_set: LabelSet, sur
     """
     rng = np.random.default_rng(seed)
     # Tiles are found by their labels alone, so the image may stand for probabilities that are not there yet.
-    inputs = TuningInputs((volume,), volume, labels, label_set)
+    inputs = TuningInputs((volume,), volume, label_set, labels)
     split_cells(find_tiles(inputs, survey, Region(ORIGIN, volume.shape), rng), rng)
 
 
@@ -70,7 +70,7 @@ def tune_on_held_out(
     image = inputs[0]
     margin = tile_margin(image.voxel_size_nm)
     out_of_fold = predict_out_of_fold(inputs, stack, models, split, survey, label_set, margin, path, executor, progress)
-    tuning = TuningInputs((image,), out_of_fold, labels, label_set)
+    tuning = TuningInputs((image,), out_of_fold, label_set, labels)
     tiles = find_tiles(tuning, survey, Region(ORIGIN, image.shape), np.random.default_rng(seed))
     predicted = [t for t in tiles if out_of_fold.read(t.core.start, t.core.stop).any(axis=0).all()]
     return tune_crf(

@@ -15,7 +15,9 @@ from voxclf.config import CrfTuneConfig, make_config
 from voxclf.geometry import Region
 from voxclf.models.crf_parameters import CrfParameters
 from voxclf.refine import tune_parameters
-from voxclf.training import tune_crf as tuning
+from voxclf.training import crf_search, tune_crf
+from voxclf.training.crf_search import HAND_PICKED, _simplex
+from voxclf.training.crf_space import SearchSpace, contact_penalties
 from voxclf.training.crf_tiles import Tile, TuningInputs, draw_tiles, find_tiles, load_tile, split_cells
 from voxclf.volume import create_volume, open_volume
 
@@ -25,14 +27,10 @@ SHAPE = (24, 48, 52)
 @pytest.fixture(autouse=True)
 def short_search(monkeypatch):
     """A few trials on a few tiles: enough to see which way it goes."""
-    for name, value in {
-        "N_START_POINTS": 8,
-        "N_SIMPLEX": 8,
-        "N_FACTORS": 3,
-        "MOST_TUNING_TILES": 4,
-        "MOST_JUDGING_TILES": 8,
-    }.items():
-        monkeypatch.setattr(tuning, name, value)
+    for name, value in {"N_START_POINTS": 8, "N_SIMPLEX": 8, "N_FACTORS": 3}.items():
+        monkeypatch.setattr(crf_search, name, value)
+    for name, value in {"MOST_TUNING_TILES": 4, "MOST_JUDGING_TILES": 8}.items():
+        monkeypatch.setattr(tune_crf, name, value)
 
 
 def write(path, array, kind, **options):
@@ -84,7 +82,7 @@ def open_inputs(save_case, cells_case, tmp_path):
     def open_all():
         labels = open_volume(tmp_path / "labels.zarr", kind="labels")
         images = (open_volume(tmp_path / "image.zarr"),)
-        return TuningInputs(images, open_volume(tmp_path / "probabilities.zarr"), labels, THREE)
+        return TuningInputs(images, open_volume(tmp_path / "probabilities.zarr"), THREE, labels)
 
     return open_all
 
@@ -149,7 +147,7 @@ def test_the_same_seed_gives_the_same_parameters(save_case, cells_case, tmp_path
 def test_time_ends_the_search(save_case, cells_case, monkeypatch):
     image, truth = cells_case
     tune = save_case(image, noisy_probabilities(truth, noise=2.0), truth)
-    monkeypatch.setattr(tuning, "N_SIMPLEX", 10_000)
+    monkeypatch.setattr(crf_search, "N_SIMPLEX", 10_000)
     started = time.monotonic()
     result = tune(time="1s")
     assert result.is_cut_short
@@ -203,33 +201,33 @@ def test_a_tile_is_read_with_what_is_around_it_but_nothing_outside_the_volume(op
 
 def test_penalties_spare_the_classes_that_touch():
     contacts = np.array([[900, 90, 10], [90, 800, 0], [10, 0, 50]])
-    penalties = tuning.contact_penalties(contacts)
+    penalties = contact_penalties(contacts)
     np.testing.assert_array_equal(np.diag(penalties), 0)
     np.testing.assert_allclose(penalties, penalties.T)
     assert penalties[~np.eye(3, dtype=bool)].mean() == pytest.approx(1)
     assert penalties[1, 2] > penalties[0, 2] > penalties[0, 1]
-    np.testing.assert_allclose(tuning.contact_penalties(np.zeros((3, 3), int)), 1 - np.eye(3))
+    np.testing.assert_allclose(contact_penalties(np.zeros((3, 3), int)), 1 - np.eye(3))
 
 
 def test_points_of_the_search_are_parameters_within_bounds():
     contacts = np.array([[9, 4, 1], [4, 9, 0], [1, 0, 9]])
-    space = tuning.SearchSpace(VOXEL_SIZE_NM, THREE, 10, 1, None, contacts, np.array([900, 100, 100]))
-    for values in tuning.HAND_PICKED:
+    space = SearchSpace(VOXEL_SIZE_NM, THREE, 10, 1, None, contacts, np.array([900, 100, 100]))
+    for values in HAND_PICKED:
         parameters = space.parameters(space.locate(values))
         assert parameters.bilateral_sigma_nm[0] == pytest.approx(values[0] * 10)
         assert parameters.intensity_sigma == pytest.approx(values[1])
         parameters.make_crf()
         assert parameters.image_sigma_nm == pytest.approx(values[5] * 10 if values[5] > 0.3 else 0)
-    potts = space.parameters(space.locate(tuning.HAND_PICKED[0]))
+    potts = space.parameters(space.locate(HAND_PICKED[0]))
     assert potts.bilateral_weight == ((0, 4, 4), (4, 0, 4), (4, 4, 0))
     assert space.pairs == [(0, 1), (0, 2), (1, 2)]
     factors = np.log([1, 1, 0.5, 2, 1, 1])  # of the three classes, then of the three pairs
-    changed = space.parameters(space.locate(tuning.HAND_PICKED[0]), factors).bilateral_weight
+    changed = space.parameters(space.locate(HAND_PICKED[0]), factors).bilateral_weight
     assert changed == ((0, 8, 4), (8, 0, 4), (2, 2, 0))
-    sparing = space.parameters(space.locate((*tuning.HAND_PICKED[0][:-1], 0.5))).bilateral_weight
+    sparing = space.parameters(space.locate((*HAND_PICKED[0][:-1], 0.5))).bilateral_weight
     assert sparing[0][1] / sparing[1][0] == pytest.approx(3, rel=1e-3)
     assert space.bounds[1][0] < replace(space, n_channels=3).bounds[1][0]
-    corners = tuning._simplex(np.array([0.1, 0.9, 0.5, 1, 0, 0.3]))
+    corners = _simplex(np.array([0.1, 0.9, 0.5, 1, 0, 0.3]))
     assert corners.shape == (7, 6)
     assert corners.min() >= 0
     assert corners.max() <= 1
@@ -293,7 +291,7 @@ def test_tiles_are_found_where_labels_are(save_case, cells_case, tmp_path):
     image, probabilities = (open_volume(tmp_path / name) for name in ("image.zarr", "probabilities.zarr"))
     survey = last(survey_labels(labels, 0)).total
     whole = Region((0, 0, 0), SHAPE)
-    tiles = find_tiles(TuningInputs((image,), probabilities, labels, THREE), survey, whole, np.random.default_rng(0))
+    tiles = find_tiles(TuningInputs((image,), probabilities, THREE, labels), survey, whole, np.random.default_rng(0))
     assert sum(t.counts for t in tiles).tolist() == np.bincount(truth[12].ravel(), minlength=4)[1:].tolist()
     assert all(t.core.start[0] == 12 and t.core.shape[0] == 1 for t in tiles)
     assert len({t.cell for t in tiles}) == 3 * 3
