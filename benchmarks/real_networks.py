@@ -34,8 +34,20 @@ from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 LIBRARIES = ("numpy", "torch", "lightning", "monai", "scikit-learn", "numba")
 NAME, TITLE = "real_networks", "Networks and forests on real volumes"
-COLUMNS = ("volume", "method", "macro F1", "mean IoU", "AP", "kappa", "held-out slab F1", "fit s", "voxels seen",
-           "predict s", "largest difference")  # fmt: skip
+COLUMNS = (
+    "volume",
+    "method",
+    "macro F1",
+    "mean IoU",
+    "AP",
+    "kappa",
+    "held-out slab F1",
+    "trained",
+    "fit s",
+    "voxels seen",
+    "predict s",
+    "largest difference",
+)
 EXPLANATION = (
     "Scored on the held-out slab. Brackets: 95 % interval by a spatial bootstrap. Held-out slab F1: what the "
     "fit itself reports, on labels it held out. Fit: the whole command. Voxels seen: labelled, with repeats. "
@@ -46,12 +58,13 @@ SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weig
 
 @dataclass(frozen=True)
 class Case:
-    """What ``voxclf fit`` is asked for; ``is_exact`` decides how it is scored."""
+    """What ``voxclf fit`` and ``predict`` are asked for; ``is_exact`` decides how it is scored."""
 
     name: str
     options: tuple[str, ...]
     is_network: bool = True
     is_exact: bool = True
+    predict_options: tuple[str, ...] = ()
 
 
 def _network(name: str, *options: str, label: str = "", is_exact: bool = True) -> Case:
@@ -67,6 +80,7 @@ CASES = (
     _network("dil"),
     _network("dilres"),
     _network("dilres", "--patch", "16", label="dilres, patch 16"),
+    replace(_network("dilres", "--patch", "16", label="dilres, patch 16, --tta"), predict_options=("--tta",)),
     _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
     _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64"),
     _network("4res", is_exact=False),
@@ -107,7 +121,7 @@ def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch:
     else:
         predict = run_voxclf(
             *("predict", model, dataset.volume, "-o", output, "--voxel-size", size, "--region", dataset.region),
-            *("--no-pyramid", "--memory", "2GB", "--device", "cpu", *threads),
+            *("--no-pyramid", "--memory", "2GB", "--device", "cpu", *threads, *case.predict_options),
         )
         scores = run_voxclf("evaluate", output, dataset.validation, "--region", dataset.region, *threads)
         row |= {**scores.values["held_out"], "classes": scores.values["classes"]}
@@ -163,9 +177,9 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def list_jobs(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+def list_jobs(options: argparse.Namespace, setup: str) -> Iterator[tuple[str, Case]]:
     """What is asked for and not yet kept."""
-    done = {(row["volume"], row["case"], row["seed"]) for row in load_rows(options.kept)}
+    done = {(row["volume"], row["case"], row["seed"]) for row in load_rows(options.kept) if row["setup"] == setup}
     wanted = options.cases.split(";") if options.cases else [case.name for case in CASES]
     for volume in options.only.split(","):
         for case in CASES:
@@ -186,6 +200,7 @@ def describe_row(row: dict[str, Any]) -> dict[str, str]:
         f"{row['macro_average_precision']:.3f}",
         f"{row['kappa']:.3f}",
         f"{row['held_out_slab']:.3f}",
+        row["setup"].split(" of ")[0] if "n_seen" in row else "",
         f"{row['fit_s']:.0f}",
         f"{row['n_seen']:,}" if "n_seen" in row else "",
         f"{row['predict_s']:.0f}" if "predict_s" in row else f"{row['n_patches']:,} patches only",
@@ -199,7 +214,8 @@ def write_table(options: argparse.Namespace) -> None:
     rows = load_rows(options.kept)
     order = {case.name: i for i, case in enumerate(CASES)}
     rows.sort(key=lambda row: (row["volume"], order[row["case"]], row["seed"]))
-    facts = describe_run(LIBRARIES, trained="; ".join(sorted({row["setup"] for row in rows})))
+    trained = "; ".join(sorted({row["setup"] for row in rows if "n_seen" in row}))
+    facts = describe_run(LIBRARIES, trained=trained, remark=options.remark)
     publish(NAME, TITLE, EXPLANATION, facts, rows, markdown_table(COLUMNS, map(describe_row, rows)))
 
 
@@ -214,15 +230,16 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=5_000, help="voxels that score a padded network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kept", type=Path, default=RESULTS / "real_networks.jsonl", help="finished rows")
+    parser.add_argument("--remark", default="none", help="what to say about the run when it is published")
     parser.add_argument("--publish", action="store_true", help="write the table of the kept rows and stop")
     options = parser.parse_args()
     if options.publish:
         write_table(options)
         return
-    for volume, case in list_jobs(options):
+    setup = f"{options.time} of training on {options.threads} threads, {options.precision}"
+    for volume, case in list_jobs(options, setup):
         with tempfile.TemporaryDirectory() as scratch:
             row = run_case(locate(volume, options.data, Path(scratch)), case, options, Path(scratch))
-        setup = f"{options.time} of training on {options.threads} threads, {options.precision}"
         row |= {"volume": volume, "case": case.name, "seed": options.seed, "setup": setup}
         with options.kept.open("a") as file:
             file.write(json.dumps(row) + "\n")

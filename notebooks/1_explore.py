@@ -21,11 +21,11 @@
 # slice across each axis. Set `DATA` to `"vnc"` (ssTEM of fly nerve cord, three labelled slices) or `"flyem"` (FIB-SEM
 # of fly medulla, three crossing slices) to read real volumes from the folder `VOXCLF_DATA`.
 #
-# **Answer.** Half of the labelled voxels or more belong to one class, and some classes have next to none. Every
-# statistical test says that grey values differ between classes, because a test of 10⁵ voxels always does. The effect
-# sizes say which pairs really differ, and the best rule on grey values alone shows how far that carries: not far
-# enough. Texture and surroundings have to do the rest ([notebook 2](2_features_and_trees.ipynb)). The learning curve
-# at the end says what another labelled slice would bring.
+# **Answer.** More than half of the labelled voxels belong to one class, and some classes have next to none. Nearly all
+# statistical tests say that grey values differ between classes, as tests of this many voxels do. The effect sizes say
+# which pairs really differ, and the best rule on grey values alone shows how far that carries: not far enough. Texture
+# and surroundings have to do the rest ([notebook 2](2_features_and_trees.ipynb)). The learning curve at the end says
+# what another labelled slice would bring.
 #
 # `voxclf explore VOLUME LABELS -o OUT` writes all of this as one page.
 

@@ -196,7 +196,7 @@ Markdown(f"| | {' | '.join(SETS)} |\n|---|{'---|' * len(SETS)}\n" + "\n".join(ro
 # For comparison, what the study reported, on its own data: tree .278/.345/.656 on one feature and .317/.261/.584 on
 # eight, forest .278/.345/.655 and .319/.315/.618, AdaBoost .277/.219/.654 and .281/.212/.671, gradient boosting
 # .278/.346/.656 and .282/.355/.676. The pattern is that of our first three columns: eight features at one scale bring
-# a few hundredths, whichever model reads them.
+# about a tenth at most, whichever model reads them.
 
 # %%
 best = {name: max(scores[model, name].macro_f1 for model in MODELS) for name in SETS}

@@ -22,12 +22,13 @@
 # scored on the rest, whose truth is known. `DATA = "vnc"` or `"flyem"` reads real volumes from `VOXCLF_DATA` and
 # scores on their validation slices.
 #
-# **Answer.** Exactly, yes: probabilities agree to rounding with those of the patches, at hundreds of times the speed.
-# Whether it beats the forest is a matter of training time and of the network. After half a minute on the phantom the
-# forest is ahead, though not everywhere: a few voxels away from any border both networks are wrong far less often than
-# it is. They lose on the borders themselves, and the network with pools, `4conv`, loses most. `dilres`, which has none,
-# draws thin membranes nearly as sharply as the forest. Before you judge on a volume of your own, give them ten minutes
-# (`SECONDS`).
+# **Answer.** Exactly, yes: probabilities agree to rounding with those of the patches, and come up to hundreds of times
+# as fast. Whether it beats the forest is a matter of training time and of the network. After half a minute on the
+# phantom the forest is ahead, though not everywhere: a few voxels away from any border both networks are wrong less
+# often than it is. They lose on the borders themselves, and the network with pools, `4conv`, loses most. `dilres`,
+# which has none, draws thin membranes nearly as sharply as the forest. On `vnc`, with membranes many voxels wide,
+# `4conv` is the better of the two, and the forest ahead again. Before you judge on a volume of your own, give them ten
+# minutes (`SECONDS`).
 
 # %%
 # %matplotlib inline
