@@ -251,3 +251,13 @@ def test_probability_maps_run_from_white_to_the_class_colour():
     np.testing.assert_allclose(panels[3].images[0].get_array()[0, 0], LABELS.rgb[2] / 255)
     with pytest.raises(ValueError, match="cut them from the same plane"):
         figures.draw_probabilities(view, probabilities[:2], LABELS)
+
+
+def test_intervals_that_miss_the_truth_stand_out():
+    truth = [0.5, 0.6, 0.7]
+    drawn = figures.draw_intervals({"honest": [(0.4, 0.6), (0.5, 0.59), (0.7, 0.8)]}, truth, "macro F1")
+    (axes,) = drawn.axes
+    held, missed = axes.collections
+    assert axes.get_title() == "honest: 2 of 3 hold it"
+    np.testing.assert_allclose([segment[:, 0] for segment in held.get_segments()], [(0, 0), (2, 2)])
+    np.testing.assert_allclose([segment[:, 1] for segment in missed.get_segments()], [(-0.1, -0.01)])

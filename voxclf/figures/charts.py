@@ -151,6 +151,32 @@ def draw_learning_curve(
 
 
 @styled
+def draw_intervals(intervals: Mapping[str, ArrayLike], truth: ArrayLike, meaning: str) -> Figure:
+    """Draw the intervals of repeated draws around what each should hold; those that miss it stand out.
+
+    Parameters
+    ----------
+    intervals : mapping of str to array, shape (N, 2)
+        Low and high end of every draw, by the kind of interval: a panel for each.
+    truth : array, shape (N,)
+    meaning : str
+        What the numbers are.
+    """
+    true = np.asarray(truth, np.float64)
+    figure = new_figure(3.4 * len(intervals), 3.4)
+    panels = figure.subplots(1, len(intervals), sharey=True, squeeze=False)[0]
+    for axes, (kind, ends) in zip(panels, intervals.items(), strict=True):
+        low, high = np.asarray(ends, np.float64).T - true
+        is_held = (low <= 0) & (high >= 0)
+        for chosen, colour in ((is_held, INK), (~is_held, ALARM)):
+            axes.vlines(np.flatnonzero(chosen), low[chosen], high[chosen], color=colour, linewidth=2)
+        axes.axhline(0, color=QUIET, linewidth=1)
+        axes.set(title=f"{kind}: {is_held.sum()} of {len(true)} hold it", xlabel="draw")
+    panels[0].set_ylabel(f"{meaning} minus truth")
+    return figure
+
+
+@styled
 def draw_intensity_histograms(
     grey: ArrayLike, counts: NDArray[np.integer], labels: LabelSet | None, overall: NDArray[np.integer] | None = None
 ) -> Figure:
