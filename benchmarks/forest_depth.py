@@ -20,7 +20,7 @@ from record import describe_run, markdown_table, publish
 from voxclf.config import FitOptions
 from voxclf.engine.executors import ThreadExecutor
 from voxclf.feature_stack import FeatureStack
-from voxclf.fit import make_bank
+from voxclf.fit_job import make_bank
 from voxclf.labels import LabelSet
 from voxclf.metrics.voxelwise import score_block, score_tables
 from voxclf.progress import last

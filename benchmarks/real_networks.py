@@ -32,6 +32,8 @@ import numpy as np
 from real_data import DATASETS, Dataset, default_data_folder, locate_flyem, locate_vnc
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
+from voxclf.models.registry import NETWORKS
+
 LIBRARIES = ("numpy", "torch", "lightning", "monai", "scikit-learn", "numba")
 NAME, TITLE = "real_networks", "Networks and forests on real volumes"
 COLUMNS = (
@@ -58,35 +60,44 @@ SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weig
 
 @dataclass(frozen=True)
 class Case:
-    """What ``voxclf fit`` and ``predict`` are asked for; ``is_exact`` decides how it is scored."""
+    """What ``voxclf fit`` and ``predict`` are asked for, and the name of the row."""
 
+    model: str
     name: str
     options: tuple[str, ...]
-    is_network: bool = True
-    is_exact: bool = True
     predict_options: tuple[str, ...] = ()
 
+    @property
+    def is_network(self) -> bool:
+        """Networks have a training time; trees take what they take."""
+        return self.model in NETWORKS
 
-def _network(name: str, *options: str, label: str = "", is_exact: bool = True) -> Case:
-    return Case(label or name, ("--model", name, *SCHEDULE, *options), True, is_exact)
+    @property
+    def is_exact(self) -> bool:
+        """Whether every voxel can be predicted; others are scored patch by patch."""
+        return not self.is_network or NETWORKS[self.model].is_exact
+
+
+def _network(model: str, *options: str, label: str = "", predict_options: tuple[str, ...] = ()) -> Case:
+    return Case(model, label or model, (*SCHEDULE, *options), predict_options)
 
 
 CASES = (
-    Case("random_forest", ("--model", "random_forest", "--folds", "3"), False),
-    Case("random_forest, autocontext 2", ("--model", "random_forest", "--folds", "3", "--autocontext", "2"), False),
+    Case("random_forest", "random_forest", ("--folds", "3")),
+    Case("random_forest", "random_forest, autocontext 2", ("--folds", "3", "--autocontext", "2")),
     _network("3layer"),
     _network("4conv"),
     _network("4res_valid"),
     _network("dil"),
     _network("dilres"),
     _network("dilres", "--patch", "16", label="dilres, patch 16"),
-    replace(_network("dilres", "--patch", "16", label="dilres, patch 16, --tta"), predict_options=("--tta",)),
+    _network("dilres", "--patch", "16", label="dilres, patch 16, --tta", predict_options=("--tta",)),
     _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
     _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64"),
-    _network("4res", is_exact=False),
-    _network("4res_ln", is_exact=False),
-    _network("convnext", is_exact=False),
-    _network("convnext_dilated", is_exact=False),
+    _network("4res"),
+    _network("4res_ln"),
+    _network("convnext"),
+    _network("convnext_dilated"),
     _network("4conv", "--input-bank", "multiscale", label="4conv + bank"),
     _network("4res_valid", "--input-bank", "multiscale", label="4res_valid + bank"),
     _network("dilres", "--input-bank", "multiscale", label="dilres + bank"),
@@ -110,7 +121,7 @@ def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch:
     threads = ("--workers", options.threads)
     fit = run_voxclf(
         *("fit", dataset.volume, dataset.labels, "-o", model, "--voxel-size", size, "--seed", options.seed),
-        *("--classes", ",".join(dataset.classes), *case.options, *budget, *threads),
+        *("--classes", ",".join(dataset.classes), "--model", case.model, *case.options, *budget, *threads),
         *(("--device", "cpu") if case.is_network else ()),
     )
     row = {"held_out_slab": fit.values["honest"]["macro_f1"], "fit_s": fit.seconds, "fit_peak_bytes": fit.peak_bytes}
@@ -143,7 +154,6 @@ def score_patches(folder: Path, dataset: Dataset, n: int, seed: int) -> dict[str
     from voxclf.metrics.voxelwise import score_block
     from voxclf.models.checkpoint import load_model
     from voxclf.models.network_model import NetworkModel
-    from voxclf.models.patch_classifier import PatchClassifier
     from voxclf.summary import score_values
     from voxclf.volume import open_labels, open_volume
 
@@ -155,7 +165,7 @@ def score_patches(folder: Path, dataset: Dataset, n: int, seed: int) -> dict[str
     classes = model.label_set.remap_to_indices(labels)
     labelled = np.argwhere(classes >= 0)
     chosen = np.random.default_rng(seed).choice(labelled, min(n, len(labelled)), replace=False)
-    patches = PatchClassifier(model.network, model.patch, model.inputs)
+    patches = model.patches
     grid = CellGrid.over(Region((0, 0, 0), volume.shape))
     tables = CellTables()
     for start in range(0, len(chosen), 256):

@@ -14,7 +14,7 @@ import numpy as np
 from features.bank import FilterBank
 from voxclf.config import FeaturesConfig
 from voxclf.engine.executors import make_executor
-from voxclf.fit import make_bank
+from voxclf.fit_job import make_bank
 from voxclf.geometry import UNIT, VoxelSize, Zyx, add
 from voxclf.jobs import BlockJob, JobResult, OutputSpec, check_finite, choose_region, run_job
 from voxclf.predict import check_one_channel

@@ -22,8 +22,6 @@ from voxclf.engine.executors import Executor, make_executor
 from voxclf.engine.transfer import read_block
 from voxclf.errors import OutputExistsError
 from voxclf.fit_job import FitJob, Fitted, Stopwatch, fit_fingerprint, training_folder
-from voxclf.fit_job import make_bank as make_bank
-from voxclf.fit_rounds import N_EVALUATION as N_EVALUATION
 from voxclf.fit_rounds import fit_tree_rounds
 from voxclf.geometry import Region, Zyx, make_block
 from voxclf.jobs import check_finite

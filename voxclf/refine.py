@@ -25,7 +25,7 @@ from voxclf.metrics.structure import StructureChange, choose_speck_volume, count
 from voxclf.models.checkpoint import model_fingerprint
 from voxclf.models.crf_parameters import FILE, CrfParameters, Weight, read_weight
 from voxclf.models.crf_refiner import CrfRefiner, make_refiner, measure_intensity_windows
-from voxclf.models.devices import LARGE_JOB_VOXELS, has_nvidia_device, sees
+from voxclf.models.devices import LARGE_JOB_VOXELS, check_gpu, has_nvidia_device, sees
 from voxclf.predict import LEDGER, describe_outputs
 from voxclf.progress import Progress, last, silent
 from voxclf.provenance import describe_input, software_versions
@@ -321,11 +321,8 @@ def choose_crf_device(device: str, n_voxels: int) -> str:
     """
     if device == "auto":
         return "cuda" if n_voxels >= LARGE_JOB_VOXELS and has_nvidia_device() and sees("cuda") else "cpu"
-    if device == "cuda" and not sees("cuda"):
-        raise ValueError(
-            "--device was cuda, but torch finds no such GPU on this machine; use --device cpu or auto, or install the "
-            "GPU's driver and a torch that was built for it"
-        )
+    if device == "cuda":
+        check_gpu("cuda")
     return device
 
 

@@ -21,7 +21,8 @@ from voxclf.engine.executors import Executor, make_executor
 from voxclf.engine.ledger import fingerprint, write_atomically
 from voxclf.errors import OutputExistsError, VoxclfError
 from voxclf.feature_stack import FeatureStack
-from voxclf.fit import make_bank, resolve_label_set
+from voxclf.fit import resolve_label_set
+from voxclf.fit_job import make_bank
 from voxclf.geometry import Zyx
 from voxclf.jobs import choose_region
 from voxclf.labels import LabelSet

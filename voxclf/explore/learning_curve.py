@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from voxclf.config import FitOptions
 from voxclf.engine.executors import Executor
 from voxclf.feature_stack import FeatureStack
-from voxclf.fit import N_EVALUATION, make_bank
+from voxclf.fit_job import make_bank
+from voxclf.fit_rounds import N_EVALUATION
 from voxclf.labelled_slices import LabelProfiles
 from voxclf.labels import LabelSet
 from voxclf.metrics.bootstrap import Interval

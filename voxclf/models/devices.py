@@ -207,12 +207,23 @@ def choose_device(model: Model, device: DeviceChoice = "auto", n_voxels: int | N
         return "cuda" if is_large and is_worth_a_gpu(model) and has_nvidia_device() and sees("cuda") else "cpu"
     if isinstance(model, TreeModel):
         _check_runs_on(model, device)
+    check_gpu(device)
+    return device
+
+
+def check_gpu(device: Literal["cuda", "mps"]) -> None:
+    """Refuse a GPU that torch cannot use.
+
+    Raises
+    ------
+    ValueError
+        Saying what to do.
+    """
     if not sees(device):
         raise ValueError(
             f"--device was {device}, but torch finds no such GPU on this machine; use --device cpu or auto, or install "
             "the GPU's driver and a torch that was built for it"
         )
-    return device
 
 
 def is_worth_a_gpu(model: Model) -> bool:

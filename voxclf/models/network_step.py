@@ -73,7 +73,7 @@ def make_network_step(model: NetworkModel, device: str = "cpu", inference: Infer
         patch,
         device=device,
         dtype=DTYPES[inference.precision],
-        # A resumed job must repeat its rounding. On CPUs the backends are equally fast, so nothing is lost.
+        # A resumed job must repeat its rounding, and a measurement could choose otherwise the second time.
         backend="a_trous" if device == "cpu" else "auto",
     )
     return PatchNetworkStep(

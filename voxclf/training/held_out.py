@@ -67,11 +67,6 @@ class HeldOut:
         along = self._positions(region)
         return (along < self.start - self.gap) | (along >= self.stop + self.gap)
 
-    def is_held_out(self, region: Region) -> np.ndarray:
-        """Whether voxels of a box are held out; boolean, broadcasts to (z, y, x)."""
-        along = self._positions(region)
-        return (along >= self.start) & (along < self.stop)
-
     def _positions(self, region: Region) -> np.ndarray:
         shape = [1, 1, 1]
         shape[self.axis] = -1

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from voxclf.config import NetworkFitOptions
 from voxclf.models.dense_tuning import keep_freed_memory
+from voxclf.models.devices import check_gpu, sees
 from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
 from voxclf.training.cpu_bfloat16 import Float32WeightGradients
@@ -317,14 +318,10 @@ def choose_accelerator(device: str) -> str:
     ValueError
         If a GPU is asked for that is not there.
     """
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ValueError(
-            "--device was cuda, but torch finds no such GPU on this machine; use --device cpu or auto, or install the "
-            "GPU's driver and a torch that was built for it"
-        )
+    if device == "cuda":
+        check_gpu("cuda")
     if device == "auto":
-        return "cuda" if has_cuda else "cpu"
+        return "cuda" if sees("cuda") else "cpu"
     return device
 
 
