@@ -170,9 +170,9 @@ def _axis_kernel(size: int, sigma: float) -> Float:
 
 
 def _separable(belief: Float, kernels: list[Float]) -> Float:
-    for axis, kernel in enumerate(kernels, start=1):
-        belief = np.moveaxis(np.tensordot(kernel, belief, axes=(1, axis)), 0, axis)
-    return belief
+    along_z, along_y, along_x = kernels
+    belief = along_y @ (belief @ along_x)  # the kernels are symmetric
+    return (along_z @ belief.reshape(*belief.shape[:2], -1)).reshape(belief.shape)
 
 
 def _normalised(kernel: Filter, problem: Problem) -> Filter:
