@@ -79,13 +79,14 @@ class PhaseLayout:
     ----------
     order : ndarray of int64, shape (n_stored,)
         The x of every stored column; X and beyond for filling.
+    pitch : int
     tile : int
         Columns of a full tile.
     n_tiles : int
     """
 
     def __init__(self, size: int, pitch: int) -> None:
-        self.size = size
+        self.size, self.pitch = size, pitch
         n_stored = -(-size // pitch) * pitch
         self.tile = max(1, gather_kernels.TILE // pitch) * pitch
         tiles = [np.arange(start, min(start + self.tile, n_stored)) for start in range(0, n_stored, self.tile)]
@@ -221,18 +222,19 @@ class SpatialFilter:
         axes = [axis_band(n, s, problem.tolerance) for n, s in zip(problem.shape, problem.spatial_sigma, strict=True)]
         self.taps = [axis.taps for axis in axes]
         self.scales = (axes[0].scale, axes[1].scale, layout.store(axes[2].scale, 0.0))
-        self.order = layout.order.astype(np.uint64)
+        self.layout = layout
 
     def set_message(self, belief: Float, matrix: Float, penalty: Float) -> None:
         """penalty (Z, C, Y, X) = matrix · n · K (n · belief), without the self term unless the problem has it."""
         source, target = (volume.reshape(len(volume), -1) for volume in (belief, penalty))
+        pitch, tile = self.layout.pitch, self.layout.tile
         self.for_each(
             lambda start, stop: voxel_kernels.filter_columns(source, target, self.taps[0], self.scales[0], start, stop),
             _split(source.shape[1], 16, voxel_kernels.COLUMNS),
         )
         self.for_each(
             lambda *z: voxel_kernels.finish_spatial(
-                penalty, belief, *self.taps[1:], self.scales, self.order, matrix, self.self_share, *z
+                penalty, belief, *self.taps[1:], self.scales, pitch, tile, matrix, self.self_share, *z
             ),
             _split(len(belief), 16),
         )

@@ -101,20 +101,29 @@ def filter_columns(source: Float, target: Float, taps: Float, scale: Float, star
 
 @njit(**COMPILE)
 def finish_spatial(
-    volume: Float, belief: Float, taps_y: Float, taps_x: Float, scales: tuple[Float, Float, Float], order: NDArray,
-    matrix: Float, self_share: np.float32, z_start: int, z_stop: int,
+    volume: Float, belief: Float, taps_y: Float, taps_x: Float, scales: tuple[Float, Float, Float], pitch: int,
+    tile: int, matrix: Float, self_share: np.float32, z_start: int, z_stop: int,
 ) -> None:  # fmt: skip
     """Filter planes of (Z, C, Y, X) along Y and X, leave out the self terms and mix by matrix, in place.
 
-    order[i] is the x of stored column i (`compiled.PhaseLayout`); scales are n_z, n_y, n_x.
+    Columns are stored as `compiled.PhaseLayout` has them, with its pitch and its tile; scales are n_z, n_y, n_x.
     """
     _, n_channels, Y, X = volume.shape
     scale_z, scale_y, scale_x = scales
-    n_taps = taps_x.shape[0]
-    middle = UNSIGNED(n_taps // 2)
+    # The neighbour of a voxel t columns away has another phase, but in that phase it lies the same way from its
+    # neighbours: a row is filtered as it is stored, phase by phase, from `offsets` on.
+    n_taps, n_cells = taps_x.shape[0], X // pitch
+    reach = n_taps // 2 // pitch + 1
+    n_vectors = (n_cells + LANES - 1) // LANES
+    padded_stride = reach + n_vectors * LANES + reach
+    offsets = np.empty((pitch, n_taps), np.int64)
+    for p in range(pitch):
+        for t in range(n_taps):
+            x = p + t - n_taps // 2
+            offsets[p, t] = x % pitch * padded_stride + reach + x // pitch
+    padded = np.zeros(pitch * padded_stride, np.float32)
+    row = np.empty(max(pitch * n_vectors * LANES, row_stride(X)), np.float32)
     stride = row_stride(X)
-    padded = np.zeros(row_stride(X + n_taps), np.float32)
-    row = np.empty(stride, np.float32)
     message = np.empty(n_channels * stride, np.float32)
     for z in range(z_start, z_stop):
         for c in range(n_channels):
@@ -123,17 +132,48 @@ def finish_spatial(
         for y in range(Y):
             share = self_share * (scale_z[z] * scale_y[y]) ** 2
             for c in range(n_channels):
-                for x in range(X):
-                    padded[middle + order[x]] = volume[z, c, y, x] * scale_x[x]
-                weighted_sum(padded, 0, 1, taps_x, 0, n_taps, row, X)
-                at = UNSIGNED(c * stride)
-                for x in range(UNSIGNED(X)):
-                    n = scale_x[x]
-                    message[at + x] = n * (row[order[x]] - share * n * belief[z, c, y, x])
+                for start in range(0, X, tile):
+                    n, cell = min(tile, X - start) // pitch, start // pitch
+                    for p in range(pitch):
+                        at, x = UNSIGNED(p * padded_stride + reach + cell), UNSIGNED(start + p * n)
+                        for k in range(UNSIGNED(n)):
+                            padded[at + k] = volume[z, c, y, x + k] * scale_x[x + k]
+                _filter_phases(padded, offsets, taps_x, n_vectors, row)
+                for start in range(0, X, tile):
+                    n, cell = min(tile, X - start) // pitch, start // pitch
+                    for p in range(pitch):
+                        at, x = UNSIGNED(p * n_vectors * LANES + cell), UNSIGNED(start + p * n)
+                        out = UNSIGNED(c * stride) + x
+                        for k in range(UNSIGNED(n)):
+                            s = scale_x[x + k]
+                            message[out + k] = s * (row[at + k] - share * s * belief[z, c, y, x + k])
             for c in range(n_channels):
                 mix_rows(message, 0, stride, n_channels, X, matrix, c, row)
-                for x in range(X):
+                for x in range(UNSIGNED(X)):
                     volume[z, c, y, x] = row[x]
+
+
+@njit(**COMPILE)
+def _filter_phases(source: Float, offsets: NDArray, taps: Float, n_vectors: int, out: Float) -> None:
+    """out[p, k] = sum_t taps[t] · source[offsets[p, t] + k], both as vectors one after the other, four at a time."""
+    zero = splat(np.float32(0.0))
+    last = offsets.shape[0] * n_vectors - 1
+    for v0 in range(0, last + 1, 4):
+        v1, v2, v3 = min(v0 + 1, last), min(v0 + 2, last), min(v0 + 3, last)
+        p0, p1, p2, p3 = v0 // n_vectors, v1 // n_vectors, v2 // n_vectors, v3 // n_vectors
+        k0, k1 = (v0 - p0 * n_vectors) * LANES, (v1 - p1 * n_vectors) * LANES
+        k2, k3 = (v2 - p2 * n_vectors) * LANES, (v3 - p3 * n_vectors) * LANES
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for t in range(taps.shape[0]):
+            tap = splat(taps[t])
+            s0 = add_product(s0, tap, load(source, offsets[p0, t] + k0))
+            s1 = add_product(s1, tap, load(source, offsets[p1, t] + k1))
+            s2 = add_product(s2, tap, load(source, offsets[p2, t] + k2))
+            s3 = add_product(s3, tap, load(source, offsets[p3, t] + k3))
+        store(out, v0 * LANES, s0)
+        store(out, v1 * LANES, s1)
+        store(out, v2 * LANES, s2)
+        store(out, v3 * LANES, s3)
 
 
 @njit(**COMPILE)
