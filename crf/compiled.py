@@ -3,7 +3,8 @@
 The loops are in `gather_kernels.py` and `read_kernels.py` (bilateral kernel) and in `voxel_kernels.py` (spatial
 kernel, softmax).
 
-One iteration reads the beliefs Q of the last one and makes three sweeps:
+One iteration reads the beliefs Q of the last one and takes three steps, as far as it can plane by plane, so that a
+plane of the penalty stays in the cache until it has been used up:
 
     penalty  =  spatial message of Q, mixed by its penalty matrix      (exact, separable)
     penalty +=  bilateral message of Q, mixed likewise                 (gather → blur → read back, some terms at a time)
@@ -21,6 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,9 +40,13 @@ GRID_BYTES_PER_VOXEL = 40
 SCRATCH_BYTES = 16_000_000
 """Room for rows and planes that the loops work on."""
 
+CACHED_BYTES = 3_000_000
+"""Penalties of the planes that are finished together, so that a core keeps them in its cache."""
+
 Float = NDArray[np.float32]
 Ranges = list[tuple[int, int]]
-ForEach = Callable[[Callable[[int, int], Any], Ranges], list[Any]]
+Work = Callable[[int, int], Any]
+ForEach = Callable[[Work, Ranges], list[Any]]
 
 
 @contextmanager
@@ -154,9 +160,20 @@ class BilateralFilter:
         self.for_each(invert_root, _split(Z, 16))
         return scale
 
+    @property
+    def n_sweeps(self) -> int:
+        """How often the grid is filled for one message."""
+        return -(-self.basis.n_terms // self.terms_at_once)
+
     def add_message(self, belief: Float, matrix: Float, penalty: Float, with_self: bool = False) -> None:
         """penalty (Z, C, Y, X) += matrix · n · K (n · belief), without the self term unless asked."""
+        for add_planes in self.sweeps(belief, matrix, penalty, with_self):
+            self.for_each(add_planes, _split(len(belief), 16))
+
+    def sweeps(self, belief: Float, matrix: Float, penalty: Float, with_self: bool = False) -> Iterator[Work]:
+        """The same in parts: fills the grid and yields what adds its share to a range of planes of the penalty."""
         nodes = [axis.n_nodes for axis in self.axes]
+        taps = [axis.taps for axis in self.axes]
         for first in range(0, self.basis.n_terms, self.terms_at_once):
             n_terms = min(self.terms_at_once, self.basis.n_terms - first)
             n_rows = n_terms * belief.shape[1]
@@ -165,7 +182,7 @@ class BilateralFilter:
             self._gather(belief, bumps, grid)
             self._blur(grid, n_rows)
             share = np.float32(0.0) if with_self or first > 0 else self.self_share
-            self._read_back(grid, belief, bumps, matrix, share, penalty)
+            yield partial(read_kernels.read_back, grid, belief, *bumps, *taps, matrix, share, penalty)
 
     def _empty_grid(self, shape: tuple[int, int, int]) -> Float:
         """Zeros in memory that is used again: the system takes longer to provide new pages than to fill old ones."""
@@ -203,15 +220,6 @@ class BilateralFilter:
             _split(columns.shape[1], 16, voxel_kernels.COLUMNS),
         )
 
-    def _read_back(
-        self, grid: Float, belief: Float, bumps: tuple, matrix: Float, share: np.float32, penalty: Float
-    ) -> None:
-        taps = [axis.taps for axis in self.axes]
-        self.for_each(
-            lambda *z: read_kernels.read_back(grid, belief, *bumps, *taps, matrix, share, penalty, *z),
-            _split(len(belief), 16),
-        )
-
 
 class SpatialFilter:
     """The spatial kernel, exact up to its radius: replaces a penalty volume by mixed, normalised messages."""
@@ -226,18 +234,17 @@ class SpatialFilter:
 
     def set_message(self, belief: Float, matrix: Float, penalty: Float) -> None:
         """penalty (Z, C, Y, X) = matrix · n · K (n · belief), without the self term unless the problem has it."""
+        self.for_each(self.begin_message(belief, matrix, penalty), _split(len(belief), 16))
+
+    def begin_message(self, belief: Float, matrix: Float, penalty: Float) -> Work:
+        """Filter along Z; returns what finishes a range of planes of the penalty."""
         source, target = (volume.reshape(len(volume), -1) for volume in (belief, penalty))
-        pitch, tile = self.layout.pitch, self.layout.tile
         self.for_each(
             lambda start, stop: voxel_kernels.filter_columns(source, target, self.taps[0], self.scales[0], start, stop),
             _split(source.shape[1], 16, voxel_kernels.COLUMNS),
         )
-        self.for_each(
-            lambda *z: voxel_kernels.finish_spatial(
-                penalty, belief, *self.taps[1:], self.scales, pitch, tile, matrix, self.self_share, *z
-            ),
-            _split(len(belief), 16),
-        )
+        columns = (self.scales, self.layout.pitch, self.layout.tile)
+        return partial(voxel_kernels.finish_spatial, penalty, belief, *self.taps[1:], *columns, matrix, self.self_share)
 
 
 def peak_bytes(
@@ -323,16 +330,34 @@ def _iterate(
     # Unlike zeros_like, zeros leaves it to the threads to touch the pages first.
     penalty = np.zeros(belief.shape, dtype=np.float32)
     planes = [volume.reshape(*volume.shape[:2], -1) for volume in (belief, log_odds, penalty)]
+    # What remains to be done is done plane by plane: each is read from memory once and stays in the cache.
+    slabs = _split(len(belief), max(16, penalty.nbytes // CACHED_BYTES))
     for _ in range(problem.n_iterations):
         if spatial is not None:
-            spatial.set_message(belief, near, penalty)
+            remaining = [spatial.begin_message(belief, near, penalty)]
         else:
-            penalty[:] = 0.0
+            remaining = [lambda start, stop: penalty[start:stop].fill(0.0)]
         if bilateral is not None:
-            bilateral.add_message(belief, wide, penalty)
-        changes = for_each(lambda *z: voxel_kernels.update(*planes, *z), _split(len(belief), 16))
+            for n_done, add_planes in enumerate(bilateral.sweeps(belief, wide, penalty), start=1):
+                remaining.append(add_planes)
+                if n_done < bilateral.n_sweeps:
+                    for_each(_in_turn(remaining), slabs)
+                    remaining = []
+        remaining.append(partial(voxel_kernels.update, *planes))
+        changes = for_each(_in_turn(remaining), slabs)
         if max(changes) < problem.stop_change:
             break
+
+
+def _in_turn(works: list[Work]) -> Work:
+    """One after the other on a range; gives what the last one gives."""
+
+    def work(start: int, stop: int) -> Any:
+        for each in works[:-1]:
+            each(start, stop)
+        return works[-1](start, stop)
+
+    return work
 
 
 def _subtract_offsets(
