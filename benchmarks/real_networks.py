@@ -7,8 +7,10 @@ same held-out labels as the forests of ``real_data.py``. A network gives up part
 - ``+ bank``: the filter bank's features as further input channels; isolates what hand-made features add.
 - random forest, and with autocontext: what there is to beat.
 
-Exact networks predict the scored slab. Padded ones cannot, and are scored patch by patch on ``--patches`` voxels drawn
-from the same labels, which gives macro F1 to about 0.01.
+- ``by patches``: trained as published, on batches of patches, where all others are trained on slabs.
+
+Exact networks predict the scored slab, in float32 and, to say how far it is from that, in bf16. Padded ones cannot, and
+are scored patch by patch on ``--patches`` voxels drawn from the same labels, which gives macro F1 to about 0.01.
 
 vnc, flyem: three labelled slices, as in ``real_data.py``. vnc_12: all twelve training slices. flyem_all: all 120.
 
@@ -33,6 +35,7 @@ from real_data import DATASETS, Dataset, default_data_folder, locate_flyem, loca
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 from voxclf.models.registry import NETWORKS
+from voxclf.volume import open_volume
 
 LIBRARIES = ("numpy", "torch", "lightning", "monai", "scikit-learn", "numba")
 NAME, TITLE = "real_networks", "Networks and forests on real volumes"
@@ -49,11 +52,14 @@ COLUMNS = (
     "voxels seen",
     "predict s",
     "largest difference",
+    "bf16: mean difference",
+    "bf16: other labels",
 )
 EXPLANATION = (
     "Scored on the held-out slab. Brackets: 95 % interval by a spatial bootstrap. Held-out slab F1: what the "
     "fit itself reports, on labels it held out. Fit: the whole command. Voxels seen: labelled, with repeats. "
-    "Largest difference: between dense and patch-by-patch probabilities, from the seam certificate."
+    "Largest difference: between dense and patch-by-patch probabilities in float32, from the seam certificate. bf16: "
+    "probabilities and labels of the scored slab, evaluated in bf16, against those of the same network in float32."
 )
 SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weights", "sqrt", "--patience", "1000")
 
@@ -93,12 +99,16 @@ CASES = (
     _network("dilres", "--patch", "16", label="dilres, patch 16"),
     _network("dilres", "--patch", "16", label="dilres, patch 16, --tta", predict_options=("--tta",)),
     _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
+    _network("4conv", label="4conv, --tta", predict_options=("--tta",)),
+    _network("4conv", "--sampling", "patches", label="4conv, by patches"),
     _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64"),
+    _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64, --tta", predict_options=("--tta",)),
     _network("4res"),
     _network("4res_ln"),
     _network("convnext"),
     _network("convnext_dilated"),
     _network("4conv", "--input-bank", "multiscale", label="4conv + bank"),
+    _network("4conv", "--input-bank", "multiscale", label="4conv + bank, --tta", predict_options=("--tta",)),
     _network("4res_valid", "--input-bank", "multiscale", label="4res_valid + bank"),
     _network("dilres", "--input-bank", "multiscale", label="dilres + bank"),
 )
@@ -115,7 +125,7 @@ def locate(name: str, data: Path, scratch: Path) -> Dataset:
 
 def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Fit, predict the scored slab and evaluate; one row."""
-    model, output = scratch / "model", scratch / "prediction"
+    model, output, output_bf16 = scratch / "model", scratch / "prediction", scratch / "prediction_bf16"
     size = ",".join(f"{s:g}" for s in dataset.voxel_size)
     budget = ("--time", options.time, "--precision", options.precision) if case.is_network else ()
     threads = ("--workers", options.threads)
@@ -130,17 +140,36 @@ def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch:
     if not case.is_exact:
         row |= score_patches(model, dataset, options.patches, options.seed)
     else:
-        predict = run_voxclf(
-            *("predict", model, dataset.volume, "-o", output, "--voxel-size", size, "--region", dataset.region),
-            *("--no-pyramid", "--memory", "2GB", "--device", "cpu", *threads, *case.predict_options),
-        )
+        where = ("--voxel-size", size, "--region", dataset.region)
+        how = (*where, "--no-pyramid", "--memory", "2GB", "--device", "cpu", *threads)
+        predict = run_voxclf("predict", model, dataset.volume, "-o", output, *how, *case.predict_options)
         scores = run_voxclf("evaluate", output, dataset.validation, "--region", dataset.region, *threads)
         row |= {**scores.values["held_out"], "classes": scores.values["classes"]}
         row |= {"predict_s": predict.values["seconds"], "predict_peak_bytes": predict.peak_bytes}
         row["largest_difference"] = (predict.values.get("certificate") or {}).get("largest_difference")
-    for folder in (model, output):
+        if case.is_network and not case.predict_options:
+            run_voxclf("predict", model, dataset.volume, "-o", output_bf16, *how, "--precision", "bf16")
+            row |= compare_precisions(output, output_bf16)
+    for folder in (model, output, output_bf16):
         shutil.rmtree(folder, ignore_errors=True)
     return row
+
+
+def compare_precisions(exact: Path, rough: Path) -> dict[str, float]:
+    """How far probabilities, and how many labels, of one prediction are from those of another."""
+
+    def read(folder: Path, name: str) -> np.ndarray:
+        volume = open_volume(str(folder / name))
+        return volume.read((0, 0, 0), volume.shape)
+
+    probabilities, others = (read(folder, "probabilities.zarr").astype(np.float32) for folder in (exact, rough))
+    labels, other_labels = (read(folder, "labels.zarr") for folder in (exact, rough))
+    predicted = labels[0] > 0
+    # Probabilities are stored as 0 to 255.
+    return {
+        "bf16_mean_difference": float(np.abs(probabilities - others)[:, predicted].mean() / 255),
+        "bf16_other_labels": float((labels != other_labels)[0, predicted].mean()),
+    }
 
 
 def score_patches(folder: Path, dataset: Dataset, n: int, seed: int) -> dict[str, Any]:
@@ -155,7 +184,7 @@ def score_patches(folder: Path, dataset: Dataset, n: int, seed: int) -> dict[str
     from voxclf.models.checkpoint import load_model
     from voxclf.models.network_model import NetworkModel
     from voxclf.summary import score_values
-    from voxclf.volume import open_labels, open_volume
+    from voxclf.volume import open_labels
 
     torch.set_num_threads(1)
     model = load_model(folder)
@@ -215,6 +244,8 @@ def describe_row(row: dict[str, Any]) -> dict[str, str]:
         f"{row['n_seen']:,}" if "n_seen" in row else "",
         f"{row['predict_s']:.0f}" if "predict_s" in row else f"{row['n_patches']:,} patches only",
         "" if difference is None else f"{difference:.0e}",
+        f"{row['bf16_mean_difference']:.4f}" if "bf16_mean_difference" in row else "",
+        f"{100 * row['bf16_other_labels']:.2f} %" if "bf16_other_labels" in row else "",
     )
     return dict(zip(COLUMNS, values, strict=True))
 
