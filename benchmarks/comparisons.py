@@ -9,8 +9,8 @@ Every study is one comparison: same labels, same held-out slab, same training ti
 - sparse, dense: unet3d, 4conv and a forest from three orthogonal slices of flyem, and from all its 120.
 
 Run: ``python benchmarks/comparisons.py --data DATA --time 4m -o RUNS`` (RUNS keeps every comparison with its page,
-models and predictions, and goes on where it stopped); ``--studies vnc,losses``; ``--publish`` writes tables and plots of
-the comparisons that are finished in RUNS. With a GPU: ``--time 20m --device cuda --seeds 3``.
+models and predictions, and goes on where it stopped); ``--studies vnc,losses``; ``--publish`` writes tables and plots
+of the comparisons that are finished in RUNS. With a GPU: ``--time 20m --device cuda --seeds 3``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ LIBRARIES = ("numpy", "torch", "lightning", "monai", "segmentation-models-pytorc
 NAME, TITLE = "comparisons", "Segmenters, patch networks and forests compared"
 EXPLANATION = (
     "Each table is one `voxclf compare`: the same labels, the same held-out slab, the same training time for each "
-    "network; default settings. Brackets: 95 % intervals, by a spatial bootstrap and, with several seeds, their spread. "
-    "Against the best: difference in macro F1 on the same redrawn pieces."
+    "network; default settings. Brackets: 95 % intervals, by a spatial bootstrap and, with several seeds, their "
+    "spread. Against the best: difference in macro F1 on the same redrawn pieces."
 )
 COLUMNS = (
     "model",
