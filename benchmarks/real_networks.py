@@ -114,6 +114,7 @@ CASES = (
     _network("4res_ln"),
     _network("convnext"),
     _network("convnext_dilated"),
+    _network("3layer", "--input-bank", "multiscale", label="3layer + bank"),
     _network("4conv", "--input-bank", "multiscale", label="4conv + bank"),
     _network("4res_valid", "--input-bank", "multiscale", label="4res_valid + bank"),
     _network("dilres", "--input-bank", "multiscale", label="dilres + bank"),
