@@ -151,6 +151,11 @@ def check_options(options: FitOptions) -> None:
             "calibrated: leave one out, or tune on other labels afterwards (voxclf crf-tune --model)"
         )
     is_network = options.model in NETWORKS
+    if is_network and options.final_patch is not None and NETWORKS[options.model].kind != "segmenter":
+        raise ValueError(
+            f"--final-patch was {','.join(map(str, options.final_patch))}, but {options.model} classifies patches of "
+            "one size; leave it out, or take a segmenter such as unet3d"
+        )
     foreign = TREE_OPTIONS if is_network else NETWORK_OPTIONS
     if is_network and options.input_bank is None:
         foreign = (*foreign, "sigmas", "dimensions")

@@ -139,6 +139,7 @@ def test_a_padded_network_needs_to_be_told_how(project, tmp_path, capsys):
         (["--model", "random_forest", "--loss", "focal"], "--loss was focal, but random_forest is a tree model"),
         (["--model", "random_forest", "--precision", "bf16"], "fitted on the CPU"),
         (["--model", "4conv", "--encoder", "resnet34"], "--encoder was resnet34, but 4conv has no such option"),
+        (["--model", "4conv", "--final-patch", "16"], "--final-patch was 16,16,16, but 4conv classifies patches"),
         (["--model", "4conv", "--patch", "0"], "--patch was 0.0: input should be greater than 0"),
     ],
 )

@@ -116,7 +116,13 @@ class NetworkFitOptions(ComputeOptions):
         None, description="training time, e.g. 10m; the best network so far is kept. Default: until --patience"
     )
     patch: PatchShape | None = Field(
-        None, description="patch that decides about its centre voxel: 32 or z,y,x; default: from the voxel size"
+        None,
+        description="patch that decides about its centre voxel: 32 or z,y,x; default: from the voxel size. Segmenters: "
+        "crop to train on",
+    )
+    final_patch: PatchShape | None = Field(
+        None,
+        description="segmenters: crop to train on in the last third, usually larger than --patch: multi-scale training",
     )
     width: float = Field(1.0, gt=0, le=4, description="multiplies the numbers of channels inside the network")
     encoder: str | None = Field(None, description="unet2d: the network inside, e.g. resnet34, or plain")

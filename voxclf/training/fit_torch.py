@@ -9,7 +9,7 @@ segmenters on crops. Unlabelled voxels never count.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ NAIVE_SCORED = 50_000
 """Training labels scored at the end, at most: their score only stands beside the honest one."""
 COUNTED_STEPS = 50
 """Steps whose windows are counted to know the shares in which classes are drawn."""
+FINAL_PART = 2 / 3
+"""Part of the training after which --final-patch is used: 20,000 of 30,000 steps in the MitoEM winner's."""
 CROP_MARGIN = 8
 """A scored crop of a segmenter gives its labels up to an eighth of its length from its faces: context lacks there."""
 
@@ -200,6 +202,8 @@ class WindowPlan:
     drawn, scored : tuple of WindowForm
     sight : (z, y, x)
         How far the network sees, from end to end.
+    final : tuple of WindowForm
+        What is drawn in the last third of the training, where that is something else.
     """
 
     kind: str
@@ -207,12 +211,14 @@ class WindowPlan:
     scored_kind: str
     scored: tuple[WindowForm, ...]
     sight: Zyx
+    final: tuple[WindowForm, ...] = ()
 
 
 def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, volume: Volume) -> WindowPlan:
     """Choose the windows for a network."""
     if info.kind == "segmenter":
-        return _plan_crops(options.patch or crop_shape(network, options.window, volume.voxel_size_nm))
+        shape = options.patch or crop_shape(network, options.window, volume.voxel_size_nm)
+        return _plan_crops(shape, options.final_patch)
     patch: Zyx = tuple(network.patch)
     if not info.is_exact:
         form = (patch_form(patch),)
@@ -247,12 +253,13 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     return z, y, x
 
 
-def _plan_crops(shape: Zyx) -> WindowPlan:
+def _plan_crops(shape: Zyx, final: Zyx | None) -> WindowPlan:
     z, y, x = (n // CROP_MARGIN for n in shape)
     # How far a segmenter sees in effect is less than its crop; half of it parts what was held out well enough.
     sight_z, sight_y, sight_x = (-(-n // 2) for n in shape)
     scored = (crop_form(shape, (z, y, x)),)
-    return WindowPlan("crops", (crop_form(shape),), "crops", scored, (sight_z, sight_y, sight_x))
+    later = () if final is None else (crop_form(final),)
+    return WindowPlan("crops", (crop_form(shape),), "crops", scored, (sight_z, sight_y, sight_x), later)
 
 
 class Classification(Task):
@@ -280,6 +287,8 @@ class Classification(Task):
         super().__init__(network, options)
         self.windows = plan_of_windows
         self.sampler = sampler
+        self.is_final = False
+        self.final_sampler = replace(sampler, forms=plan_of_windows.final) if plan_of_windows.final else sampler
         self.held_out = held_out
         self.n_classes = held_out.reader.label_set.n_classes
         weights = loss_weights(sampler.index.totals, options.class_weights, count_drawn(sampler, COUNTED_STEPS))
@@ -303,21 +312,25 @@ class Classification(Task):
 
     def logits(self, batch: WindowBatch, which: str = "drawn") -> Any:
         """Logits of a batch's targets, (B, K, z, y, x); with a boundary output beside it for two-headed networks."""
-        form = (self.windows.drawn if which == "drawn" else self.windows.scored)[batch.form]
         images = torch.as_tensor(batch.images).contiguous(memory_format=torch.channels_last_3d)
         result = self.evaluators[which][batch.form](images)
         if isinstance(result, tuple):
             return result
         if result.ndim == 2:
             return result[:, :, None, None, None]
-        if result.shape[2:] == form.target:
+        if result.shape[2:] == batch.targets.shape[1:]:
             return result
+        form = (self.windows.drawn if which == "drawn" else self.windows.scored)[batch.form]
         z, y, x = (slice(b, b + t) for b, t in zip(form.before, form.target, strict=True))
         return result[:, :, z, y, x]
 
+    def begin_round(self, part_done: float) -> None:
+        """Go over to the final windows when it is time."""
+        self.is_final = part_done >= FINAL_PART
+
     def draw(self, step: int) -> WindowBatch:
         """The windows of one step."""
-        return self.sampler.draw(step)
+        return (self.final_sampler if self.is_final else self.sampler).draw(step)
 
     def n_labelled(self, batch: WindowBatch) -> int:
         """Labelled voxels."""

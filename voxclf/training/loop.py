@@ -74,6 +74,9 @@ class Task(pl.LightningModule):
     def draw(self, step: int) -> Any:
         """The batch of one step, a named tuple of arrays and numbers; called by threads that read ahead."""
 
+    def begin_round(self, part_done: float) -> None:
+        """Prepare for a round that begins when a part (0 to 1) of the training is over; the same in a resumed run."""
+
     @abstractmethod
     def n_labelled(self, batch: Any) -> int:
         """What a batch counts towards the rate: labelled voxels."""
@@ -118,6 +121,7 @@ class Task(pl.LightningModule):
     def train_dataloader(self) -> Iterable[Any]:
         """Batches of the next round; several GPUs take turns."""
         assert self.plan is not None
+        self.begin_round(self.plan.part_done(self.plan.state.seconds))
         world, rank = self.trainer.world_size, self.trainer.global_rank
         steps = range(self.plan.state.step * world + rank, self.plan.end_of_round * world, world)
         return StepBatches(self.draw, steps, self.plan.n_reading)

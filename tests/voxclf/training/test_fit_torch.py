@@ -1,5 +1,6 @@
 """The training loop: the right gradient, nothing learned from what is unlabelled or held out, and resumption."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -232,6 +233,28 @@ def test_segmenter_learns_from_crops(job, tmp_path, loss):
     assert macro_f1(result.validation) > 0.8
 
 
+class Recorder(TwoHeads):
+    """Notes the shapes of the crops that it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(tuple(x.shape[2:]))
+        return super().forward(x)
+
+
+def test_last_third_is_trained_on_final_crops(job, tmp_path):
+    info = NetworkInfo("two", "", "", "segmenter", False)
+    network = Recorder()
+    options = {"batch": 2, "patch": (8, 12, 12), "final_patch": (8, 16, 16), "steps": 30}
+    job.train(tmp_path, network, info, **options)
+    # Rounds of three steps: the last third begins with the first round after it.
+    assert network.seen == [(8, 12, 12)] * 21 + [(8, 16, 16)] * 9
+
+
 def test_same_seed_gives_the_same_network(job, tmp_path):
     a, b, c = (
         job.train(tmp_path / name, steps=8, augment="patch", seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -320,22 +343,33 @@ def test_gradients_in_bf16_are_those_in_float32(dilation):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adagrad"])
 def test_resumed_equals_uninterrupted(job, tmp_path, monkeypatch, optimizer):
-    monkeypatch.setattr("voxclf.training.step_progress.SETTLING_S", 0.0)
     options = {"steps": 30, "optimizer": optimizer, "augment": "patch", "schedule": "one_cycle"}
-    whole = job.train(tmp_path / "whole", **options)
+    check_resumption(job, tmp_path, monkeypatch, tiny_network(), tiny_network(seed=99), 13, **options)
+
+
+def test_resumed_on_final_crops_equals_uninterrupted(job, tmp_path, monkeypatch):
+    options = {"steps": 30, "batch": 2, "patch": (8, 12, 12), "final_patch": (8, 16, 16)}
+    info = NetworkInfo("two", "", "", "segmenter", False)
+    check_resumption(job, tmp_path, monkeypatch, TwoHeads(), TwoHeads(), 25, info=info, **options)
+
+
+def check_resumption(job, tmp_path, monkeypatch, network, another, n_steps, **options):
+    monkeypatch.setattr("voxclf.training.step_progress.SETTLING_S", 0.0)
+    start = copy.deepcopy(network)
+    whole = job.train(tmp_path / "whole", network, **options)
 
     def interrupt(stage, results, total, unit):
         for number, item in enumerate(results):
-            if stage == "train" and number == 13:
+            if stage == "train" and number == n_steps:
                 raise KeyboardInterrupt
             yield item
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        job.train(tmp_path / "parts", progress=interrupt, **options)
+        job.train(tmp_path / "parts", start, progress=interrupt, **options)
     assert signal.getsignal(signal.SIGINT) == before
     assert (tmp_path / "parts" / STATE_FILE).exists()
-    parts = job.train(tmp_path / "parts", tiny_network(seed=99), **options)
+    parts = job.train(tmp_path / "parts", another, **options)
     assert without_time(parts.history) == without_time(whole.history)
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, parts.network.state_dict()[name]), name
