@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import types
 import typing
 import warnings
@@ -195,27 +196,35 @@ class RichProgress:
     def __call__(self, stage: str, results: Iterable[Item], total: float, unit: str) -> Iterator[Item]:
         """Hand on results and draw how far they are."""
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+        # Rates over the whole stage: blocks take seconds to minutes and come in bursts, which rich's own rate over
+        # the last half minute makes hundreds of times too high.
         columns = (
             TextColumn(f"{stage:<16}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[time]}"),
         )
+        started, done = time.monotonic(), 0.0
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(stage, total=total, rate="")
+            task = bar.add_task(stage, total=total, rate="", time="-:--:--")
             for item in results:
-                bar.advance(task, getattr(item, "n_voxels", 1))
-                bar.update(task, rate=_format_rate(bar.tasks[0].speed, unit))
+                done += getattr(item, "n_voxels", 1)
+                rate = done / max(time.monotonic() - started, 1e-9)
+                left = _format_time(max(0.0, total - done) / rate) if rate else "-:--:--"
+                bar.update(task, completed=done, rate=_format_rate(rate, unit), time=left)
                 yield item
-            bar.update(task, completed=total)
+            bar.update(task, completed=total, time=_format_time(time.monotonic() - started))
 
 
-def _format_rate(per_second: float | None, unit: str) -> str:
-    if not per_second:
-        return ""
+def _format_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _format_rate(per_second: float, unit: str) -> str:
     if unit == "voxel":
         return f"{per_second / 1e6:.2f} Mvoxel/s"
     return f"{per_second:.2f} {unit}/s"

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,3 +125,21 @@ def test_the_tree_path_does_not_import_torch():
     code = "import sys, voxclf.workflow; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "lightning", "monai"} & set(modules)
+
+
+@dataclass
+class Piece:
+    """Something finished that counts voxels."""
+
+    n_voxels: int
+
+
+def test_progress_shows_the_rate_of_the_whole_stage(capsys, monkeypatch):
+    # Two blocks at once after a minute, two more a minute later: their rate is not that of a burst.
+    moments = iter([0.0, 60.0, 60.01, 120.0, 120.01, 120.02])
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    blocks = [Piece(30_000_000) for _ in range(4)]
+    assert list(cli.RichProgress()("predict", blocks, 120_000_000, "voxel")) == blocks
+    shown = capsys.readouterr().err
+    assert "1.00 Mvoxel/s" in shown
+    assert "100%" in shown and "0:02:00" in shown
