@@ -25,7 +25,7 @@ from torch import nn
 from voxclf.models.dense_geometry import Geometry, find_problems, inspect_geometry
 from voxclf.models.dense_graph import Operation, Zyx, read_operations, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
-from voxclf.models.dense_simplify import simplify
+from voxclf.models.dense_simplify import average_last, simplify
 from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest, keep_freed_memory
 
 __all__ = [
@@ -80,7 +80,8 @@ def densify(
         If a layer forbids it; the message names the layer.
     """
     patch = triple(patch)
-    return DenseNetwork(network, _exact_operations(network, patch, dense_axes), patch, dense_axes, backend)
+    operations = average_last(_exact_operations(network, patch, dense_axes))
+    return DenseNetwork(network, operations, patch, dense_axes, backend)
 
 
 def tune_for_inference(

@@ -49,10 +49,11 @@ class Convolution(nn.Module):
         self.groups = groups
         self.activation = activation
 
-    @property
-    def is_linear_per_voxel(self) -> bool:
-        """Whether it is one matrix for each voxel."""
-        return tuple(self.weight.shape[2:]) == UNIT and self.groups == 1 and self.activation is None
+
+def is_linear_per_voxel(layer: nn.Module) -> bool:
+    """Whether a convolution, one of the network's or of this module, is one matrix for each voxel."""
+    is_plain = getattr(layer, "activation", None) is None
+    return tuple(layer.weight.shape[2:]) == UNIT and layer.groups == 1 and is_plain
 
 
 class Constant(nn.Module):
@@ -81,12 +82,17 @@ class Node:
         return self.operation is not None and isinstance(self.operation.target, kinds)
 
 
+def average_last(operations: Sequence[Operation]) -> list[Operation]:
+    """Pass 3 alone, for training too: the layers themselves are shared, not copied."""
+    return _to_operations(_rewrite(_to_nodes(operations), _average_last))
+
+
 def simplify(operations: Sequence[Operation], *, with_activations: bool = True) -> list[Operation]:
     """Rewrite operations for prediction; layers of the network are read, never changed.
 
     ``with_activations`` is for backends that know what to do with ``Convolution.activation``.
     """
-    result = _to_nodes(operations)
+    result = _to_nodes([_copied(operation) for operation in operations])
     for improve in PASSES if with_activations else PASSES[:-1]:
         result = _rewrite(result, improve)
     return _to_operations(result)
@@ -95,21 +101,24 @@ def simplify(operations: Sequence[Operation], *, with_activations: bool = True) 
 # --- the graph ---
 
 
+def _copied(operation: Operation) -> Operation:
+    """With parameters of its own."""
+    if operation.kind == "convolution":
+        layer = operation.target
+        bias = torch.zeros_like(layer.weight[:, 0, 0, 0, 0]) if layer.bias is None else layer.bias
+        operation = replace(operation, target=Convolution(layer.weight, bias, layer.groups))
+    return replace(operation, arguments=tuple(_with_constant(a) for a in operation.arguments))
+
+
+def _with_constant(argument: Any) -> Any:
+    return Attribute(Constant(argument.get()), "value") if isinstance(argument, Attribute) else argument
+
+
 def _to_nodes(operations: Sequence[Operation]) -> Node:
     nodes = [Node(None)]
     for operation in operations:
-        if operation.kind == "convolution":
-            layer = operation.target
-            bias = torch.zeros_like(layer.weight[:, 0, 0, 0, 0]) if layer.bias is None else layer.bias
-            operation = replace(operation, target=Convolution(layer.weight, bias, layer.groups))
-        arguments = tuple(_copied(a) for a in operation.arguments)
-        operation = replace(operation, arguments=arguments)
         nodes.append(Node(operation, [nodes[i] for i in operation.inputs]))
     return nodes[-1]
-
-
-def _copied(argument: Any) -> Any:
-    return Attribute(Constant(argument.get()), "value") if isinstance(argument, Attribute) else argument
 
 
 def _to_operations(result: Node) -> list[Operation]:
@@ -193,7 +202,7 @@ def _fold_batch_norm(node: Node, is_used_once: IsUsedOnce) -> Node:
 
 def _average_last(node: Node, is_used_once: IsUsedOnce) -> Node:
     layer, pool = node.convolution, node.inputs[0] if node.inputs else node
-    if layer is None or not layer.is_linear_per_voxel or not pool.is_layer(nn.AvgPool3d):
+    if layer is None or not is_linear_per_voxel(layer) or not pool.is_layer(nn.AvgPool3d):
         return node
     assert node.operation is not None
     has_more_channels = layer.weight.shape[0] > layer.weight.shape[1]
@@ -207,7 +216,7 @@ def _average_last(node: Node, is_used_once: IsUsedOnce) -> Node:
 def _split_joined(node: Node, is_used_once: IsUsedOnce) -> Node:
     layer, joined = node.convolution, node.inputs[0] if node.inputs else node
     is_joined = joined.operation is not None and joined.operation.kind == "concatenation"
-    if layer is None or not layer.is_linear_per_voxel or not is_joined or not is_used_once(joined):
+    if layer is None or not is_linear_per_voxel(layer) or not is_joined or not is_used_once(joined):
         return node
     assert node.operation is not None
     parts = joined.inputs
@@ -245,7 +254,7 @@ def _merge_linear(node: Node, is_used_once: IsUsedOnce) -> Node:
     if layer is None or before is None or before.activation is not None or not is_used_once(node.inputs[0]):
         return node
     assert node.operation is not None
-    is_plain = layer.is_linear_per_voxel and before.groups == 1 and node.operation.window == Window()
+    is_plain = is_linear_per_voxel(layer) and before.groups == 1 and node.operation.window == Window()
     if not is_plain or layer.weight.shape[0] > layer.weight.shape[1]:
         return node
     matrix = layer.weight[:, :, 0, 0, 0].double()
