@@ -95,7 +95,7 @@ class UNet2D(Segmenter):
     def _segment_along(self, x: Tensor, axis: int) -> Tensor:
         """Sections across ``axis`` become the batch of the 2D network, and go back."""
         sections = x.movedim(axis + 2, 1)  # (B, sections, C, rows, columns)
-        logits = self.sections(sections.flatten(0, 1))
+        logits = self.sections(sections.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         return logits.unflatten(0, sections.shape[:2]).movedim(1, axis + 2)
 
 

@@ -137,8 +137,11 @@ def make_optimizer(network: nn.Module, options: NetworkFitOptions) -> torch.opti
     rate, decay = options.learning_rate, options.weight_decay
     if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
-    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
-    return kinds[options.optimizer](parameters, lr=rate, weight_decay=decay)
+    if options.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, rate, weight_decay=decay)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    # One pass over the parameters in place of ten: without, it takes half of a step of a 2D UNet.
+    return kinds[options.optimizer](parameters, lr=rate, weight_decay=decay, fused=True)
 
 
 class _Book(pl.Callback):
@@ -308,10 +311,11 @@ def _fit(trainer: pl.Trainer, task: Task, book: _Book) -> None:
 
 
 def use_channels_last(network: nn.Module) -> None:
-    """Lay out 3D kernels with channels last: 15 to 30 % faster on CPUs, and max pools 20 times."""
+    """Lay out kernels with channels last: 15 to 30 % faster on CPUs, and max pools in 3D 20 times."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in network.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.to(memory_format=layouts[parameter.dim()])
 
 
 def choose_accelerator(device: str) -> str:
