@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from voxclf.models import dense_network
 from voxclf.models.dense import InexactNetworkError, densify, inspect_geometry
 from voxclf.models.patch_cnn import ChannelLayerNorm, Concat, Residual
 from voxclf.models.registry import NETWORKS, build
@@ -310,3 +311,22 @@ def test_random_networks_are_exact(case, more):
     results = [densify(network, patch, backend=backend)(volume) for backend in BACKENDS]
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
     assert largest_difference(network, patch, volume, results[0], 3) < 1e-12
+
+
+def test_gradients_keep_the_memory_layout_of_their_values():
+    layout = torch.channels_last_3d
+    image = torch.randn(2, 4, 3, 6, 6).contiguous(memory_format=layout).requires_grad_()
+    value = dense_network._with_gradient_laid_out_alike(image * 2)
+    seen = []
+    value.register_hook(seen.append)
+    (value[:, :, :, :5] ** 2).sum().backward()  # a cut hands back gradients in the default layout
+    assert seen[0].is_contiguous(memory_format=layout)
+    expected = torch.zeros_like(image)
+    expected[:, :, :, :5] = 8 * image.detach()[:, :, :, :5]
+    torch.testing.assert_close(image.grad, expected)
+
+
+def test_training_averages_classes_in_place_of_channels():
+    network = build("4conv", n_classes=3, patch=32)
+    kinds = [operation.kind for operation in densify(network, 32).operations]
+    assert kinds[-1] == "average_pool" and "average_pool" not in kinds[:-1]
