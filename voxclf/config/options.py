@@ -143,8 +143,10 @@ class NetworkFitOptions(ComputeOptions):
     learning_rate: float = Field(1e-3, gt=0, description="largest step size of the optimiser")
     weight_decay: float = Field(5e-4, ge=0, description="pull of the weights towards zero")
     optimizer: Literal["adam", "adamw", "sgd", "adagrad"] = Field("adam", description="how gradients become steps")
-    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
-        "constant", description="step size over the training time: constant, falling, or rising and falling"
+    schedule: Literal["constant", "cosine", "one_cycle"] | None = Field(
+        None,
+        description="step size over the training: constant, falling, or rising and falling; default: one_cycle with "
+        "--time or --steps, which say when it ends, else constant",
     )
     monitor: Literal["macro_f1", "loss"] = Field(
         "macro_f1", description="what on the held-out labels decides which network is best and when training ends"
@@ -156,7 +158,12 @@ class NetworkFitOptions(ComputeOptions):
     window: int | None = Field(None, ge=1, description="side of a training window, voxels; default: from the network")
     steps: int | None = Field(None, ge=1, description="most optimiser steps; default: no limit but --epochs")
     epochs: int = Field(200, ge=1, description="most rounds of training between two validations")
-    patience: int = Field(10, ge=1, description="rounds without a better --monitor after which training ends")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="rounds without a better --monitor after which training ends; default: 10 with a constant step "
+        "size, no limit with one that falls, since the best comes at its end",
+    )
     augment: Literal["none", "flips", "patch", "B", "C", "D"] = Field(
         "patch", description="random changes of what is trained on; patch: flips, quarter turns and intensity"
     )

@@ -172,7 +172,7 @@ class _Book(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         """Set the step size."""
         options = self.plan.options
-        factor = step_size_factor(options.schedule, self.plan.part_done(self.seconds))
+        factor = step_size_factor(self.plan.schedule, self.plan.part_done(self.seconds))
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = options.learning_rate * factor
 
@@ -203,7 +203,7 @@ class _Book(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
         """Write the round down; keep the network if it is the best; stop where patience ends."""
         self.validation_s += time.perf_counter()
-        state, options = self.plan.state, self.plan.options
+        state = self.plan.state
         scores = task.verdict()
         state.epoch += 1
         state.seconds = self.seconds
@@ -223,7 +223,7 @@ class _Book(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=state.epoch)
             logger.save()
-        is_tired = state.epoch - state.best_epoch >= options.patience
+        is_tired = state.epoch - state.best_epoch >= self.plan.patience
         if trainer.strategy.reduce_boolean_decision(is_tired, all=False):
             trainer.should_stop = True
         if trainer.is_global_zero:
@@ -270,7 +270,7 @@ def run_loop(
         keep_freed_memory()
     shown = StepProgress(progress, stage, task.unit, plan)
     book = _Book(plan, folder, shown)
-    is_tired = state.epoch - state.best_epoch >= options.patience
+    is_tired = state.epoch - state.best_epoch >= plan.patience
     is_late = options.time is not None and state.seconds >= options.time
     if plan.n_rounds_left and not is_tired and not is_late:
         with _quiet_lightning(), torch.random.fork_rng(devices=[]), _threads(n_threads):

@@ -17,6 +17,8 @@ FIRST_ROUND_STEPS = 10
 WARM_UP = 0.3
 """Part of a one-cycle schedule in which the step size rises (Smith and Topin 2018, arXiv 1708.07120)."""
 FIRST_FACTOR = 0.04
+DEFAULT_PATIENCE = 10
+"""Rounds, as published."""
 
 
 def step_size_factor(schedule: str, done: float) -> float:
@@ -40,6 +42,19 @@ class Plan:
     seed: int
     state: TrainingState
     n_reading: int
+
+    @property
+    def schedule(self) -> str:
+        """How the step size changes: over a known length it rises and falls."""
+        has_end = self.options.time is not None or self.options.steps is not None
+        return self.options.schedule or ("one_cycle" if has_end else "constant")
+
+    @property
+    def patience(self) -> float:
+        """Rounds without a better network after which training ends."""
+        if self.options.patience is not None:
+            return self.options.patience
+        return DEFAULT_PATIENCE if self.schedule == "constant" else math.inf
 
     @property
     def round_steps(self) -> int:

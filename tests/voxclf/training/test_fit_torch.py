@@ -1,6 +1,7 @@
 """The training loop: the right gradient, nothing learned from what is unlabelled or held out, and resumption."""
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from voxclf.sampling import survey_labels
 from voxclf.training.cpu_bfloat16 import Float32WeightGradients
 from voxclf.training.fit_torch import Classification, plan_windows, train_network
 from voxclf.training.held_out import HeldOut
-from voxclf.training.training_plan import step_size_factor
-from voxclf.training.training_state import STATE_FILE, load_state
+from voxclf.training.training_plan import Plan, step_size_factor
+from voxclf.training.training_state import STATE_FILE, TrainingState, load_state
 from voxclf.training.windows import LabelIndex, WindowBatch, WindowReader, WindowSampler
 
 SHAPE = (26, 48, 50)
@@ -417,6 +418,22 @@ def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
     assert state.step == 100 * state.epoch == state.history[-1]["step"]
     result = job.train(folder, network, steps=20000, patience=1000, epochs=state.epoch + 1)
     assert [entry["epoch"] for entry in result.history] == list(range(1, state.epoch + 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "patience"),
+    [
+        ({}, "constant", 10),
+        ({"time": 60.0}, "one_cycle", math.inf),
+        ({"steps": 500}, "one_cycle", math.inf),
+        ({"time": 60.0, "schedule": "constant"}, "constant", 10),
+        ({"time": 60.0, "patience": 3}, "one_cycle", 3),
+    ],
+)
+def test_a_training_of_known_length_ends_with_small_steps(given, schedule, patience):
+    options = FitConfig(volume="v", labels="l", output="o", model="4conv", **given)
+    plan = Plan(options, 0, TrainingState(), 0)
+    assert (plan.schedule, plan.patience) == (schedule, patience)
 
 
 def test_step_size_follows_the_schedule():
