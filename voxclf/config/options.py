@@ -143,10 +143,8 @@ class NetworkFitOptions(ComputeOptions):
     learning_rate: float = Field(1e-3, gt=0, description="largest step size of the optimiser")
     weight_decay: float = Field(5e-4, ge=0, description="pull of the weights towards zero")
     optimizer: Literal["adam", "adamw", "sgd", "adagrad"] = Field("adam", description="how gradients become steps")
-    schedule: Literal["constant", "cosine", "one_cycle"] | None = Field(
-        None,
-        description="step size over the training: constant, falling, or rising and falling; default: one_cycle with "
-        "--time or --steps, which say when it ends, else constant",
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        "constant", description="step size over the training time: constant, falling, or rising and falling"
     )
     monitor: Literal["macro_f1", "loss"] = Field(
         "macro_f1", description="what on the held-out labels decides which network is best and when training ends"

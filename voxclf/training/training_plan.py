@@ -44,17 +44,11 @@ class Plan:
     n_reading: int
 
     @property
-    def schedule(self) -> str:
-        """How the step size changes: over a known length it rises and falls."""
-        has_end = self.options.time is not None or self.options.steps is not None
-        return self.options.schedule or ("one_cycle" if has_end else "constant")
-
-    @property
     def patience(self) -> float:
         """Rounds without a better network after which training ends."""
         if self.options.patience is not None:
             return self.options.patience
-        return DEFAULT_PATIENCE if self.schedule == "constant" else math.inf
+        return DEFAULT_PATIENCE if self.options.schedule == "constant" else math.inf
 
     @property
     def round_steps(self) -> int:
