@@ -8,8 +8,8 @@ same repetition, in processor time on one thread.
 - patches, plain: as published, float32, channels first.
 - patches, tuned: channels last, which is the fairer opponent: both are laid out alike, so the ratio is the slab's own.
 - patches, bf16: autocast, with the weights' gradients in float32 (see `voxclf/training/cpu_bfloat16.py`).
-- slabs: windows from different places. The default is 4 x 16²: fewest voxels per second, and the best score for the time
-  (`real_networks.py`); 32² and 64² are cheaper per voxel and less varied.
+- slabs: windows from different places. The default is 4 x 16²: fewest voxels per second, and the best score for the
+  time; 32² and 64² are cheaper per voxel and less varied.
 
 Run: ``python benchmarks/training_networks.py`` (about five minutes on one core); ``--quick`` for 4conv alone.
 """

@@ -151,7 +151,8 @@ class NetworkFitOptions(ComputeOptions):
     )
     sampling: Literal["slabs", "patches"] = Field(
         "slabs",
-        description="train on windows of labelled slices (same gradient, 40 times the voxels in the time) or single patches",
+        description="train on windows of labelled slices (the same gradient, 40 times the voxels in the time) or on "
+        "single patches",
     )
     batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
     window: int | None = Field(None, ge=1, description="side of a training window, voxels; default: from the network")

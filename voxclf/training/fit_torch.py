@@ -55,8 +55,8 @@ LABEL_MEMORY = 2**27
 CROP_SIDE, FLAT_CROP_SIDE = 64, 128
 """Side of a segmenter's training crop, in 3D and of a single section."""
 SLAB_SIDE = 16
-"""Side of a training slab. 32 and 64 are cheaper per voxel, but voxels of one window are alike: at equal time many small
-steps score better, down to about four windows a step."""
+"""Side of a training slab. 32 and 64 are cheaper per voxel, but voxels of one window are alike: at equal time many
+small steps score better, down to about four windows a step."""
 SCORED_SIDE = 64
 """Side of a slab that is only scored."""
 DEFAULT_BATCH = {"slabs": 4, "patches": 64, "crops": 2}
