@@ -19,13 +19,19 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tifffile
-from real_data import Dataset, default_data_folder, locate_flyem, locate_vnc, prepare_cdeep3m
+from real_data import (
+    Dataset,
+    default_data_folder,
+    locate_flyem,
+    locate_flyem_all,
+    locate_vnc,
+    prepare_cdeep3m,
+    split_labels,
+)
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 LIBRARIES = ("numpy", "torch", "lightning", "monai", "segmentation-models-pytorch", "scikit-learn")
@@ -64,20 +70,15 @@ class Study:
     models: str
 
 
-def locate_isbi(data: Path, folder: Path) -> Dataset:
+def prepare_isbi(data: Path, folder: Path) -> Dataset:
     """Serial sections of Drosophila; the last of the labelled slices are scored on."""
-    labels = tifffile.imread(data / "isbi2012" / "labels_train.tif")
-    paths = {}
-    for name, slices in {"train": slice(0, 16), "validation": slice(19, 24)}.items():
-        part = np.zeros_like(labels)
-        part[slices] = labels[slices]
-        paths[name] = folder / f"isbi2012_{name}.tif"
-        tifffile.imwrite(paths[name], part, compression="zlib")
+    source = data / "isbi2012"
+    training, validation = split_labels(source / "labels_train.tif", slice(0, 16), slice(19, 24), folder / "isbi2012")
     return Dataset(
         "isbi2012",
-        data / "isbi2012" / "raw.tif",
-        paths["train"],
-        paths["validation"],
+        source / "raw.tif",
+        training,
+        validation,
         (50.0, 4.0, 4.0),
         ("interior", "membrane"),
         (19, 24),
@@ -86,15 +87,10 @@ def locate_isbi(data: Path, folder: Path) -> Dataset:
     )
 
 
-def locate_flyem_dense(data: Path, folder: Path) -> Dataset:
-    """All labelled training slices of flyem."""
-    return replace(locate_flyem(data, folder), labels=data / "flyem" / "labels_train.tif")
-
-
 STUDIES = {
     "vnc": Study("vnc: serial sections, five classes, three labelled slices", locate_vnc, MODELS),
     "cdeep3m_mito": Study("cdeep3m_mito: mitochondria, twelve labelled slices", prepare_cdeep3m, MODELS),
-    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", locate_isbi, MODELS),
+    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi, MODELS),
     "losses": Study(
         "Losses on cdeep3m_mito",
         prepare_cdeep3m,
@@ -113,7 +109,7 @@ STUDIES = {
         ",".join(f"res_unet_r:block={name}" for name in ("acb", "res", "se", "eca")),
     ),
     "sparse": Study("flyem: three orthogonal slices", locate_flyem, "random_forest,4conv,unet3d"),
-    "dense": Study("flyem: all 120 slices", locate_flyem_dense, "random_forest,4conv,unet3d"),
+    "dense": Study("flyem: all 120 slices", locate_flyem_all, "random_forest,4conv,unet3d"),
 }
 
 

@@ -96,7 +96,6 @@ def run_draw(network: str, task: str, seed: int, folder: Path, options: argparse
             *("--precision", "bf16", "--workers", options.threads, "--device", "cpu"),
         )
         row = score_patches(model, dataset, options.patches, seed=0)
-    setup = f"{options.pretrain_time} pretraining, {options.time} fit, {options.threads} threads"
     return {
         **row,
         "network": network,
@@ -104,7 +103,9 @@ def run_draw(network: str, task: str, seed: int, folder: Path, options: argparse
         "seed": seed,
         "labels": n_labels,
         "fit_s": fit.seconds,
-        "setup": setup,
+        "pretrain_time": options.pretrain_time,
+        "time": options.time,
+        "threads": options.threads,
     }
 
 
@@ -126,7 +127,6 @@ def lay_out(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             if not mine:
                 continue
             pairs = [(row["macro_f1"], f1["none", row["seed"]]) for row in mine if ("none", row["seed"]) in f1]
-            pretraining, fit, _ = mine[0]["setup"].split(", ")
             values = (
                 network,
                 task,
@@ -134,8 +134,8 @@ def lay_out(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
                 describe_mean(np.array([row["macro_f1"] for row in mine])),
                 describe_mean(np.array([a - b for a, b in pairs]), "+") if task != "none" and pairs else "",
                 describe_mean(np.array([row["macro_average_precision"] for row in mine])),
-                pretraining.split()[0] if task != "none" else "",
-                fit.split()[0],
+                mine[0]["pretrain_time"] if task != "none" else "",
+                mine[0]["time"],
             )
             lines.append(dict(zip(COLUMNS, values, strict=True)))
     return lines
@@ -157,9 +157,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.publish:
         rows = load_rows(options.kept)
-        setup = "; ".join(sorted({f"{row['network']}: {row['setup']}" for row in rows}))
+        threads = ", ".join(sorted({str(row["threads"]) for row in rows}))
         n_labels = f"{min(row['labels'] for row in rows):,} to {max(row['labels'] for row in rows):,}"
-        facts = describe_run(LIBRARIES, setup=setup, labels=n_labels, remark=options.remark)
+        facts = describe_run(LIBRARIES, threads=threads, labels=n_labels, remark=options.remark)
         publish(NAME, TITLE, EXPLANATION, facts, rows, markdown_table(COLUMNS, lay_out(rows)))
         return
     with tempfile.TemporaryDirectory() as temporary:

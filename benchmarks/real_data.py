@@ -155,21 +155,32 @@ def locate_flyem(data: Path, folder: Path) -> Dataset:
     )
 
 
+def locate_flyem_all(data: Path, folder: Path) -> Dataset:
+    """The same with all slices that may be trained on."""
+    return replace(locate_flyem(data, folder), name="flyem_all", labels=data / "flyem" / "labels_train.tif")
+
+
+def split_labels(labels: Path, training: slice, validation: slice, start: Path) -> tuple[Path, Path]:
+    """Write two parts of the labelled slices, to train on and to score on, as files whose names begin with `start`."""
+    everything = tifffile.imread(labels)
+    paths = []
+    for name, slices in (("train", training), ("validation", validation)):
+        part = np.zeros_like(everything)
+        part[slices] = everything[slices]
+        paths.append(start.with_name(f"{start.name}_{name}.tif"))
+        tifffile.imwrite(paths[-1], part, compression="zlib")
+    return paths[0], paths[1]
+
+
 def prepare_cdeep3m(data: Path, folder: Path) -> Dataset:
     """Block-face SEM of brain; its labels are split into a part to train on and a slab to score on."""
     source = data / "cdeep3m_mito"
-    labels = tifffile.imread(source / "train_labels.tif")
-    paths = {}
-    for name, slices in {"train": slice(0, 12), "validation": slice(15, 20)}.items():
-        part = np.zeros_like(labels)
-        part[slices] = labels[slices]
-        paths[name] = folder / f"cdeep3m_{name}.tif"
-        tifffile.imwrite(paths[name], part, compression="zlib")
+    training, validation = split_labels(source / "train_labels.tif", slice(0, 12), slice(15, 20), folder / "cdeep3m")
     return Dataset(
         "cdeep3m_mito",
         source / "train_raw.tif",
-        paths["train"],
-        paths["validation"],
+        training,
+        validation,
         (30.0, 6.0, 6.0),
         ("background", "mitochondrion"),
         (15, 20),

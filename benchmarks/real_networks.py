@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_data import DATASETS, Dataset, default_data_folder, locate_flyem, locate_vnc
+from real_data import DATASETS, Dataset, default_data_folder, locate_flyem_all, locate_vnc
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 from voxclf.models.registry import NETWORKS
@@ -61,7 +61,7 @@ EXPLANATION = (
     "Largest difference: between dense and patch-by-patch probabilities in float32, from the seam certificate. bf16: "
     "probabilities and labels of the scored slab, evaluated in bf16, against those of the same network in float32."
 )
-SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weights", "sqrt", "--patience", "1000")
+SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weights", "sqrt")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def locate(name: str, data: Path, scratch: Path) -> Dataset:
     if name == "vnc_12":
         return replace(locate_vnc(data, scratch), name=name, labels=data / "vnc" / "labels_train.tif")
     if name == "flyem_all":
-        return replace(locate_flyem(data, scratch), name=name, labels=data / "flyem" / "labels_train.tif")
+        return locate_flyem_all(data, scratch)
     return DATASETS[name](data, scratch)
 
 

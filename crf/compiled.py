@@ -98,7 +98,6 @@ class PhaseLayout:
         tiles = [np.arange(start, min(start + self.tile, n_stored)) for start in range(0, n_stored, self.tile)]
         self.n_tiles = len(tiles)
         self.order = np.concatenate([x.reshape(-1, pitch).T.ravel() for x in tiles])
-        self._is_plain = pitch == 1
         self._source = np.minimum(self.order, size - 1)
         self._is_filling = self.order >= size
         self._voxels = np.argsort(self.order)[:size]
@@ -109,7 +108,7 @@ class PhaseLayout:
 
     def store(self, rows: NDArray, filling: float) -> NDArray:
         """Reorder the last axis of an array and write `filling` into the columns that are not voxels."""
-        if self._is_plain:
+        if self.pitch == 1:
             return rows
         stored = np.take(rows, self._source, axis=-1)
         stored[..., self._is_filling] = filling
@@ -117,7 +116,7 @@ class PhaseLayout:
 
     def restore(self, stored: NDArray) -> NDArray:
         """Put the last axis back into the order of the volume."""
-        return stored if self._is_plain else np.take(stored, self._voxels, axis=-1)
+        return stored if self.pitch == 1 else np.take(stored, self._voxels, axis=-1)
 
 
 class BilateralFilter:

@@ -223,8 +223,7 @@ class _Book(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in entry.items() if k != "epoch"}, step=state.epoch)
             logger.save()
-        is_tired = state.epoch - state.best_epoch >= self.plan.patience
-        if trainer.strategy.reduce_boolean_decision(is_tired, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.plan.is_tired, all=False):
             trainer.should_stop = True
         if trainer.is_global_zero:
             state.save(self.folder, task.network, trainer.optimizers[0])
@@ -270,9 +269,8 @@ def run_loop(
         keep_freed_memory()
     shown = StepProgress(progress, stage, task.unit, plan)
     book = _Book(plan, folder, shown)
-    is_tired = state.epoch - state.best_epoch >= plan.patience
     is_late = options.time is not None and state.seconds >= options.time
-    if plan.n_rounds_left and not is_tired and not is_late:
+    if plan.n_rounds_left and not plan.is_tired and not is_late:
         with _quiet_lightning(), torch.random.fork_rng(devices=[]), _threads(n_threads):
             trainer = pl.Trainer(
                 accelerator=accelerator,

@@ -51,6 +51,11 @@ class Plan:
         return DEFAULT_PATIENCE if self.options.schedule == "constant" else math.inf
 
     @property
+    def is_tired(self) -> bool:
+        """Whether patience has ended."""
+        return self.state.epoch - self.state.best_epoch >= self.patience
+
+    @property
     def round_steps(self) -> int:
         """Steps of the round that begins now."""
         if self.options.steps is not None:
