@@ -25,7 +25,7 @@ from voxclf.provenance import describe_input, software_versions, timestamp
 from voxclf.training.pretrain import FACTS_FILE, Pretext, PretrainedNetwork, pretrain_network, save_pretrained
 from voxclf.volume import open_volume
 
-LABEL_OPTIONS = ("init", "loss", "gamma", "class_weights", "sampling", "window", "final_patch")
+LABEL_OPTIONS = ("init", "loss", "gamma", "class_weights", "sampling", "window", "spacing", "final_patch")
 """Options of `fit` that have no meaning without labels."""
 N_CLASSES = 2
 """Any number will do: the head for classes plays no part and is not saved."""

@@ -151,11 +151,17 @@ class NetworkFitOptions(ComputeOptions):
     )
     sampling: Literal["slabs", "patches"] = Field(
         "slabs",
-        description="train on windows of labelled slices (the same gradient, 40 times the voxels in the time) or on "
-        "single patches",
+        description="train on windows of labelled slices (the same gradient, 20 to 80 times the voxels in the time) or "
+        "on single patches",
     )
     batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
     window: int | None = Field(None, ge=1, description="side of a training window, voxels; default: from the network")
+    spacing: int = Field(
+        4,
+        ge=1,
+        description="slabs: distance of the voxels that count in a window, where the network's strides allow it; 1: "
+        "every voxel, which are more in the time but more alike",
+    )
     steps: int | None = Field(None, ge=1, description="most optimiser steps; default: no limit but --epochs")
     epochs: int = Field(200, ge=1, description="most rounds of training between two validations")
     patience: int | None = Field(

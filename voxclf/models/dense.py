@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from voxclf.models.dense_geometry import Geometry, find_problems, inspect_geometry
-from voxclf.models.dense_graph import Operation, Zyx, read_operations, triple
+from voxclf.models.dense_graph import UNIT, Operation, Zyx, read_operations, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import average_last, simplify
 from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest, keep_freed_memory
@@ -49,6 +49,7 @@ def densify(
     *,
     dense_axes: tuple[bool, bool, bool] = (True, True, True),
     backend: Backend = "a_trous",
+    spacing: Zyx = UNIT,
 ) -> DenseNetwork:
     """Make the module that computes what a patch network says about every patch of a volume.
 
@@ -68,6 +69,9 @@ def densify(
     backend : "a_trous" or "fragments"
         Two ways to the same result (:mod:`voxclf.models.dense_network`). Train with the first: the second fills
         volumes up to a multiple of the strides, and batch norm in training mode would count that in.
+    spacing : (z, y, x)
+        Along dense axes, results are wanted this many voxels apart, from the first on. The network keeps those of its
+        strides that divide it: at a spacing of all its strides nothing is computed but what patches have in common.
 
     Returns
     -------
@@ -81,7 +85,7 @@ def densify(
     """
     patch = triple(patch)
     operations = average_last(_exact_operations(network, patch, dense_axes))
-    return DenseNetwork(network, operations, patch, dense_axes, backend)
+    return DenseNetwork(network, operations, patch, dense_axes, backend, spacing)
 
 
 def tune_for_inference(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from voxclf.models.dense_geometry import Reach, follow
-from voxclf.models.dense_graph import Attribute, Operation, Value, Zyx, triple
+from voxclf.models.dense_graph import UNIT, Attribute, Operation, Value, Zyx, triple
 
 Backend = Literal["a_trous", "fragments"]
 BACKENDS: tuple[Backend, ...] = ("a_trous", "fragments")
@@ -30,7 +30,7 @@ SPATIAL = (2, 3, 4)
 class DenseNetwork(nn.Module):
     """A patch network at every voxel: (B, C, Z, Y, X) to (B, K, Z', Y', X'); made by `densify`.
 
-    Along a dense axis Z' = Z - receptive_field + 1; along another Z = patch and Z' = 1.
+    Along a dense axis Z' = (Z - receptive_field) // spacing + 1; along another Z = patch and Z' = 1.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class DenseNetwork(nn.Module):
         Owner of the parameters.
     operations : sequence of Operation
         What it does, in order.
-    patch, dense_axes, backend
+    patch, dense_axes, backend, spacing
         As for `densify`.
     """
 
@@ -49,22 +49,27 @@ class DenseNetwork(nn.Module):
         patch: Zyx,
         dense_axes: tuple[bool, bool, bool],
         backend: Backend,
+        spacing: Zyx = UNIT,
     ) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend was {backend!r}; choose one of {', '.join(BACKENDS)}")
+        if backend == "fragments" and spacing != UNIT:
+            raise ValueError(f"spacing was {spacing} with backend 'fragments'; only 'a_trous' leaves voxels out")
         self.network = network
         self.operations = list(operations)
         self.patch = patch
         self.dense_axes = dense_axes
         self.backend = backend
+        self.spacing = spacing
         self.reaches = follow(self.operations, patch)[0]
+        self.steps = _steps(self.operations, spacing)
         self.receptive_field = triple(n + 1 for n in self.reaches[-1].lost)
         self.last_uses = {index: i for i, operation in enumerate(self.operations) for index in operation.inputs}
 
     def extra_repr(self) -> str:
         """What the representation adds to that of the network."""
-        return f"patch={self.patch}, dense_axes={self.dense_axes}, backend={self.backend!r}"
+        return f"patch={self.patch}, dense_axes={self.dense_axes}, backend={self.backend!r}, spacing={self.spacing}"
 
     def output_shape(self, shape: Zyx) -> Zyx:
         """Spatial shape of the result for an input of this spatial shape.
@@ -84,14 +89,19 @@ class DenseNetwork(nn.Module):
                     f"{self.patch[axis]}"
                 )
         # Not through int(): while a network is exported, lengths are symbols.
-        z, y, x = (n - r + 1 if d else 1 for n, r, d in zip(shape, self.receptive_field, self.dense_axes, strict=True))
+        z, y, x = (
+            (n - r) // s + 1 if d else 1
+            for n, r, s, d in zip(shape, self.receptive_field, self.spacing, self.dense_axes, strict=True)
+        )
         return z, y, x
 
     def input_shape(self, out_shape: Zyx) -> Zyx:
         """Spatial shape of the input that gives a result of this spatial shape."""
         return triple(
-            n + r - 1 if d else p
-            for n, r, d, p in zip(out_shape, self.receptive_field, self.dense_axes, self.patch, strict=True)
+            (n - 1) * s + r if d else p
+            for n, r, s, d, p in zip(
+                out_shape, self.receptive_field, self.spacing, self.dense_axes, self.patch, strict=True
+            )
         )
 
     def working_bytes(self, out_shape: Zyx, batch: int = 1) -> int:
@@ -111,8 +121,10 @@ class DenseNetwork(nn.Module):
         def size(value: int) -> int:
             reach = self.reaches[value]
             lengths = [
-                n - gone if d else e
-                for n, gone, d, e in zip(shape, reach.lost, self.dense_axes, reach.extent, strict=True)
+                (n - gone - 1) // step + 1 if d else e
+                for n, gone, step, d, e in zip(
+                    shape, reach.lost, self.steps[value], self.dense_axes, reach.extent, strict=True
+                )
             ]
             return channels[value] * math.prod(lengths)
 
@@ -147,7 +159,7 @@ class DenseNetwork(nn.Module):
         z, y, x_ = self.output_shape((x.shape[2], x.shape[3], x.shape[4]))
         values: dict[int, Tensor] = {0: x}
         for i, operation in enumerate(self.operations):
-            result = self._run(operation, values, self.reaches[operation.inputs[0]])
+            result = self._run(operation, values)
             if self.backend == "fragments":
                 before, after = (self._fragments(self.reaches[n]) for n in (operation.inputs[0], i + 1))
                 between = triple(min(b, a) for b, a in zip(before, after, strict=True))
@@ -156,25 +168,31 @@ class DenseNetwork(nn.Module):
             for used in operation.inputs:
                 if self.last_uses[used] == i:  # without gradients this is what frees the memory
                     values.pop(used, None)
-        return values[len(self.operations)][:, :, :z, :y, :x_]
+        sz, sy, sx = (s // step for s, step in zip(self.spacing, self.steps[-1], strict=True))
+        return values[len(self.operations)][:, :, ::sz, ::sy, ::sx][:, :, :z, :y, :x_]
 
     def _fragments(self, reach: Reach) -> Zyx:
         """Number of fragments along each axis that a value consists of."""
         return triple(s if d else 1 for s, d in zip(reach.spacing, self.dense_axes, strict=True))
 
-    def _run(self, operation: Operation, values: dict[int, Tensor], before: Reach) -> Tensor:
+    def _run(self, operation: Operation, values: dict[int, Tensor]) -> Tensor:
         if operation.kind == "pointwise":
             return _apply(operation, values)
         first = values[operation.inputs[0]]
         if operation.kind == "concatenation":
             return torch.cat(_to_one_shape([values[i] for i in operation.inputs]), 1)
-        # Between neighbours of the patch lie `apart` voxels of the tensor at hand: none in fragments.
+        before, step = self.reaches[operation.inputs[0]], self.steps[operation.inputs[0]]
+        # Neighbours of the patch lie `apart` voxels of the tensor at hand from each other: one in fragments.
         is_spread = self.backend == "a_trous"
-        apart = triple(s if d and is_spread else 1 for s, d in zip(before.spacing, self.dense_axes, strict=True))
+        apart = triple(
+            max(1, far // near) if d and is_spread else 1
+            for far, near, d in zip(before.spacing, step, self.dense_axes, strict=True)
+        )
         if operation.kind == "crop":
             return self._crop(first, operation, before, apart)
         window = operation.window
-        stride = triple(1 if d else s for s, d in zip(window.stride, self.dense_axes, strict=True))
+        kept = _strides_kept(window.stride, step, self.spacing)
+        stride = triple(k if d else s for k, s, d in zip(kept, window.stride, self.dense_axes, strict=True))
         dilation = triple(d * a for d, a in zip(window.dilation, apart, strict=True))
         if operation.kind == "convolution":
             padding = triple(0 if d else p for p, d in zip(window.padding, self.dense_axes, strict=True))
@@ -199,6 +217,23 @@ class DenseNetwork(nn.Module):
             else:
                 x = x.narrow(dimension, kept.start, len(kept))
         return x
+
+
+def _steps(operations: Sequence[Operation], spacing: Zyx) -> list[Zyx]:
+    """Distance in the volume of neighbours in the tensor that holds a value along dense axes, for every value."""
+    steps = [UNIT]
+    for operation in operations:
+        step, *others = (steps[i] for i in operation.inputs)
+        if any(other != step for other in others):
+            raise ValueError(f"spacing was {spacing}; {operation.name} joins branches that do not both allow it")
+        kept = _strides_kept(operation.window.stride, step, spacing)
+        steps.append(triple(a * b for a, b in zip(step, kept, strict=True)))
+    return steps
+
+
+def _strides_kept(stride: Zyx, step: Zyx, spacing: Zyx) -> Zyx:
+    """An operation's own stride where that leaves out none of the results wanted, 1 elsewhere."""
+    return triple(n if wanted % (n * near) == 0 else 1 for n, near, wanted in zip(stride, step, spacing, strict=True))
 
 
 def _with_gradient_laid_out_alike(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ segmenters on crops. Unlabelled voxels never count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,9 +55,9 @@ IMAGE_MEMORY = 2**30
 LABEL_MEMORY = 2**27
 CROP_SIDE, FLAT_CROP_SIDE = 64, 128
 """Side of a segmenter's training crop, in 3D and of a single section."""
-SLAB_SIDE = 16
-"""Side of a training slab. 32 and 64 are cheaper per voxel, but voxels of one window are alike: at equal time many
-small steps score better, down to about four windows a step."""
+SLAB_POINTS = 12
+"""Voxels that count along a side of a training slab. More are cheaper each, but at equal time many small steps score
+better, down to about four windows a step."""
 SCORED_SIDE = 64
 """Side of a slab that is only scored."""
 DEFAULT_BATCH = {"slabs": 4, "patches": 64, "crops": 2}
@@ -223,12 +224,14 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
     if not info.is_exact:
         form = (patch_form(patch),)
         return WindowPlan("patches", form, "patches", form, patch)
-    sight = inspect_geometry(network, patch).receptive_field
+    geometry = inspect_geometry(network, patch)
+    sight = geometry.receptive_field
     scored = slab_forms(patch, sight, window_side(SCORED_SIDE, volume.voxel_size_nm))
     if options.sampling == "patches":
         return WindowPlan("patches", (patch_form(patch),), "slabs", scored, sight)
-    side = window_side(options.window or SLAB_SIDE, volume.voxel_size_nm)
-    return WindowPlan("slabs", slab_forms(patch, sight, side), "slabs", scored, sight)
+    z, y, x = (math.gcd(stride, options.spacing) for stride in geometry.strides)
+    side = window_side(options.window or SLAB_POINTS * max(z, y, x), volume.voxel_size_nm)
+    return WindowPlan("slabs", slab_forms(patch, sight, side, (z, y, x)), "slabs", scored, sight)
 
 
 def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
@@ -306,7 +309,7 @@ class Classification(Task):
         return [
             self.network
             if form.normal is None
-            else densify(self.network, self.network.patch, dense_axes=form.dense_axes)
+            else densify(self.network, self.network.patch, dense_axes=form.dense_axes, spacing=form.spacing)
             for form in forms
         ]
 

@@ -2,13 +2,14 @@
 
 Three forms of window feed the one training loop (``P`` patch, ``R`` receptive field, both per axis)::
 
-    slab    1 × w × w labels of one plane       image P × (w + R - 1) × (w + R - 1), for exact patch networks
+    slab    every s-th of 1 × w × w labels      image P × (w + R - 1) × (w + R - 1), for exact patch networks
     patch   one labelled voxel                  image P × P × P
     crop    a box of labels                     the same box of the image, for segmenters
 
-A slab holds a patch of every voxel of its plane: the loss over it has the gradient of the batch of those patches at a
-hundredth of the work. The plane's normal is the axis across which labels are thin: z for labelled xy slices, y for xz
-slices, any where labels are dense in 3D.
+A slab holds the patches of many voxels of a plane: the loss over it has the gradient of the batch of those patches at a
+small part of the work. The plane's normal is the axis across which labels are thin: z for labelled xy slices, y for xz
+slices, any where labels are dense in 3D. Where the network has strides, it is cheapest at a spacing s of those strides:
+voxels that far apart share all that is computed, and say more than neighbours do.
 
 Windows are drawn around labelled voxels, class by class. What is drawn depends on the seed and the number of the step
 only, so training that was interrupted goes on as if it had not been.
@@ -56,12 +57,20 @@ class WindowForm:
         Voxels of image on the lower and upper side of it.
     normal : int, optional
         Axis across which the network is applied at its native stride; None for patches and crops.
+    spacing : (z, y, x)
+        Labels that count lie so far from each other; the box begins and ends with one that does.
     """
 
     target: Zyx
     before: Zyx = (0, 0, 0)
     after: Zyx = (0, 0, 0)
     normal: int | None = None
+    spacing: Zyx = (1, 1, 1)
+
+    def pick(self, target: np.ndarray) -> np.ndarray:
+        """The labels of the box that count."""
+        z, y, x = self.spacing
+        return target[::z, ::y, ::x]
 
     @property
     def image_shape(self) -> Zyx:
@@ -75,14 +84,21 @@ class WindowForm:
         return z, y, x
 
 
-def slab_forms(patch: Zyx, receptive_field: Zyx, side: Zyx) -> tuple[WindowForm, ...]:
-    """Slabs across z, y and x, for a network that sees ``receptive_field`` of its patch from the patch's start on."""
+def slab_forms(patch: Zyx, receptive_field: Zyx, side: Zyx, spacing: Zyx = (1, 1, 1)) -> tuple[WindowForm, ...]:
+    """Slabs across z, y and x, for a network that sees ``receptive_field`` of its patch from the patch's start on.
+
+    A slab has about the length of ``side``: the longest that is not longer and begins and ends with a voxel that
+    counts.
+    """
     forms = []
     for normal in range(3):
-        target, after = list(side), [r - 1 - p // 2 for p, r in zip(patch, receptive_field, strict=True)]
-        target[normal] = 1
+        apart = list(spacing)
+        # Flipped or turned, the voxels that count must lie where others did.
+        target = [(n - 1) // s * s + 1 for n, s in zip(side, spacing, strict=True)]
+        after = [r - 1 - p // 2 for p, r in zip(patch, receptive_field, strict=True)]
+        apart[normal] = target[normal] = 1
         after[normal] = patch[normal] - 1 - patch[normal] // 2
-        forms.append(WindowForm(_zyx(target), _zyx(p // 2 for p in patch), _zyx(after), normal))
+        forms.append(WindowForm(_zyx(target), _zyx(p // 2 for p in patch), _zyx(after), normal, _zyx(apart)))
     return tuple(forms)
 
 
@@ -118,7 +134,7 @@ class Window(NamedTuple):
     Parameters
     ----------
     image : ndarray of float32, shape (C, *form.image_shape)
-    target : ndarray of int64, shape form.target
+    target : ndarray of int64, shape form.target, or of what counts of it
         Class index, -1 where nothing is labelled.
     """
 
@@ -183,7 +199,7 @@ class WindowReader:
         """Read the image around the target that begins at ``start``; ``augment`` may change both."""
         if augment is None:
             region = Region(subtract(start, form.before), add(add(start, form.target), form.after))
-            return Window(self.inputs.compute(self._grey(region)), target)
+            return Window(self.inputs.compute(self._grey(region)), form.pick(target))
         assert rng is not None, "augmentation needs a random generator"
         # An even patch reaches one voxel further down than up. With the wider margin on both sides a flipped image
         # still has its labels in the middle; it is cut to the form afterwards.
@@ -192,7 +208,7 @@ class WindowReader:
         image, labelled = self._augmented(region, margin, target, augment, rng)
         cut = Region(subtract(margin, form.before), add(add(margin, form.target), form.after))
         middle = Region(margin, add(margin, form.target))
-        return Window(np.ascontiguousarray(image[(slice(None), *cut.slices)]), labelled[middle.slices])
+        return Window(np.ascontiguousarray(image[(slice(None), *cut.slices)]), form.pick(labelled[middle.slices]))
 
     def _grey(self, region: Region) -> np.ndarray:
         return read_block(self.image, make_block(0, region, self.inputs.halo))[0]
@@ -365,7 +381,7 @@ class WindowSampler:
     def draw_targets(self, step: int) -> np.ndarray:
         """The labels of :meth:`draw` before augmentation, without reading the image; (B, ...)."""
         form, starts = self._place(np.random.default_rng([self.seed, step]))
-        return np.stack([self._target(form, start) for start in starts])
+        return np.stack([self.forms[form].pick(self._target(form, start)) for start in starts])
 
     def _place(self, rng: np.random.Generator) -> tuple[int, list[Zyx]]:
         """Choose a form and where its windows start."""
@@ -392,12 +408,13 @@ class WindowSampler:
         return voxel, box.good_forms(voxel, self.forms)
 
     def _window_around(self, voxel: Zyx, form: WindowForm, rng: np.random.Generator) -> Zyx:
-        """Start of a window with the voxel anywhere in it, inside the volume where the volume is large enough."""
-        shape = self.index.reader.labels.shape
-        return _zyx(
-            min(max(0, v - int(rng.integers(t))), max(0, n - t))
-            for v, t, n in zip(voxel, form.target, shape, strict=True)
-        )
+        """Start of a window in which the voxel counts, inside the volume where the volume is large enough."""
+        start = []
+        for v, t, s, n in zip(voxel, form.target, form.spacing, self.index.reader.labels.shape, strict=True):
+            before = int(rng.integers((t - 1) // s + 1))
+            lowest = max(0, -(-(v + t - n) // s))
+            start.append(v - s * max(min(before, v // s), min(lowest, (t - 1) // s)))
+        return _zyx(start)
 
     def _target(self, form: int, start: Zyx) -> np.ndarray:
         region = Region(start, add(start, self.forms[form].target))

@@ -125,6 +125,36 @@ def test_gradient_of_a_window_is_that_of_its_patches(name, slab_axis):
         torch.testing.assert_close(a, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("spacing", [(1, 2, 4), (8, 8, 8), (2, 3, 6)])
+@pytest.mark.parametrize("axes", [(True, True, True), (False, True, True)])
+def test_spaced_results_are_those_of_the_patches(name, spacing, axes):
+    network = unsettle(build(name, 3, 16 if name != "3layer" else 8, width=0.5)).double().eval()
+    dense = densify(network, network.patch, dense_axes=axes, spacing=spacing)
+    shape = tuple(2 if is_dense else 1 for is_dense in axes)
+    volume = torch.randn(1, 1, *dense.input_shape(shape), dtype=torch.float64)
+    # What lies beyond the receptive field is part of the patch, but not looked at.
+    filled = nn.functional.pad(volume, (0, 16) * 3)
+    found = dense(volume)
+    assert found.shape == (1, 3, *shape) and dense.output_shape(volume.shape[2:]) == shape
+    for position in itertools.product(*map(range, shape)):
+        at = tuple(i * s for i, s in zip(position, spacing, strict=True))
+        expected = torch.cat(patch_by_patch(network, network.patch, filled, [at]))
+        torch.testing.assert_close(found[(slice(None), slice(None), *position)], expected, rtol=0, atol=1e-12)
+
+
+def test_strides_within_the_spacing_are_kept():
+    """Exact either way; kept strides are what makes it cheap."""
+    network = build("4conv", 2, 32)
+    assert densify(network, 32, spacing=(1, 4, 16)).steps[-1] == (1, 4, 8)
+    assert densify(network, 32, spacing=(3, 6, 12)).steps[-1] == (1, 2, 4)
+
+
+def test_fragments_leave_no_voxel_out():
+    with pytest.raises(ValueError, match="only 'a_trous'"):
+        densify(build("4conv", 2), 32, backend="fragments", spacing=(1, 4, 4))
+
+
 def test_training_the_dense_form_trains_the_network():
     network = build("4conv", 2, 16)
     dense = densify(network, 16, dense_axes=(False, True, True))

@@ -133,9 +133,10 @@ def patches_of(batch, form, patch):
     """The patches of a slab's labelled voxels, cut out one by one."""
     images, targets = [], []
     for image, target in zip(batch.images, batch.targets, strict=True):
-        for z, y, x in np.argwhere(target >= 0):
+        for position in np.argwhere(target >= 0):
+            z, y, x = position * form.spacing
             images.append(image[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]])
-            targets.append(target[z, y, x])
+            targets.append(target[tuple(position)])
     return WindowBatch(
         np.stack(images), np.array(targets)[:, None, None, None], 0, np.zeros((len(images), 3), np.int64)
     )
@@ -147,7 +148,8 @@ def torch_batch(batch):
 
 @pytest.mark.parametrize("loss", ["ce", "focal"])
 @pytest.mark.parametrize("axis", range(3))
-def test_slab_has_the_loss_and_gradient_of_its_patches(make_job, loss, axis):
+@pytest.mark.parametrize("spacing", [1, 4])
+def test_slab_has_the_loss_and_gradient_of_its_patches(make_job, loss, axis, spacing):
     """3layer, whose receptive field is its whole patch, so that every patch lies within the slab."""
     image, _, labels = stripes()
     sparse = np.zeros_like(labels)
@@ -158,8 +160,9 @@ def test_slab_has_the_loss_and_gradient_of_its_patches(make_job, loss, axis):
     job = make_job(image, sparse)
     torch.manual_seed(1)
     network = build("3layer", 2, width=0.25).double().eval()
-    slabs = job.task(network, NETWORKS["3layer"], loss=loss, window=6, batch=2, class_weights="equal")
-    patches = job.task(network, NETWORKS["3layer"], loss=loss, sampling="patches", class_weights="equal")
+    options = {"loss": loss, "class_weights": "equal"}
+    slabs = job.task(network, NETWORKS["3layer"], window=6, batch=2, spacing=spacing, **options)
+    patches = job.task(network, NETWORKS["3layer"], sampling="patches", **options)
     patches.loss = slabs.loss = slabs.loss.double()  # one set of class weights
     batch = slabs.draw(0)
     assert slabs.windows.drawn[batch.form].normal == axis

@@ -60,7 +60,13 @@ def padded(array, margin, **options):
 
 
 @pytest.mark.parametrize(
-    "forms", [slab_forms(PATCH, SIGHT, (5, 9, 11)), (patch_form(PATCH),), (crop_form((9, 11, 13)),)]
+    "forms",
+    [
+        slab_forms(PATCH, SIGHT, (5, 9, 11)),
+        slab_forms(PATCH, SIGHT, (6, 9, 11), (2, 4, 1)),
+        (patch_form(PATCH),),
+        (crop_form((9, 11, 13)),),
+    ],
 )
 def test_window_is_the_image_around_its_labels(make_index, cells, sparse_labels, forms):
     index = make_index(sparse_labels)
@@ -73,7 +79,8 @@ def test_window_is_the_image_around_its_labels(make_index, cells, sparse_labels,
             first = tuple(start + 50)
             middle = Region(first, add(first, form.target))
             around = Region(subtract(middle.start, form.before), add(middle.stop, form.after))
-            np.testing.assert_array_equal(target, truth[middle.slices])
+            counting = tuple(slice(a, b, s) for a, b, s in zip(middle.start, middle.stop, form.spacing, strict=True))
+            np.testing.assert_array_equal(target, truth[counting])
             np.testing.assert_array_equal(window[0], image[around.slices])
             assert (target >= 0).any()
 
@@ -86,6 +93,31 @@ def test_slab_is_one_patch_thick_and_dense_in_its_plane():
         assert form.dense_axes == tuple(axis != normal for axis in range(3))
         # The first result belongs to the patch that starts at the first voxel, so to voxel P // 2.
         assert form.before == tuple(p // 2 for p in PATCH)
+
+
+def test_spaced_slab_begins_and_ends_with_a_voxel_that_counts():
+    for normal, form in enumerate(slab_forms(PATCH, SIGHT, (5, 10, 11), (1, 4, 2))):
+        expected = [5, 9, 11]
+        expected[normal] = 1
+        assert form.target == tuple(expected)
+        assert form.pick(np.zeros(form.target)).shape == tuple(
+            (n - 1) // s + 1 for n, s in zip(expected, (1, 4, 2), strict=True)
+        )
+
+
+@pytest.mark.parametrize("side", [13, 33])
+def test_voxel_that_was_drawn_counts_even_at_the_edge(make_index, cells, side):
+    """Single labelled voxels in the corners and the middle: every window must have one among those that count."""
+    labels = np.zeros_like(cells[1])
+    for position in ((0, 0, 0), (22, 36, 40), (0, 36, 1), (11, 18, 20)):
+        labels[position] = 1
+    sampler = sampler_of(make_index(labels), slab_forms(PATCH, SIGHT, (side,) * 3, (4, 4, 4)))
+    for step in range(20):
+        batch = sampler.draw(step)
+        assert (batch.targets.reshape(len(batch.targets), -1) >= 0).any(axis=1).all()
+        if side == 13:  # shorter than the volume: inside it
+            stops = batch.starts + sampler.forms[batch.form].target
+            assert (batch.starts >= 0).all() and (stops <= labels.shape).all()
 
 
 def test_patch_is_around_the_voxel_p_over_2():
