@@ -162,8 +162,12 @@ class NetworkFitOptions(ComputeOptions):
         description="slabs: distance of the voxels that count in a window, where the network's strides allow it; 1: "
         "every voxel, which are more in the time but more alike",
     )
-    steps: int | None = Field(None, ge=1, description="most optimiser steps; default: no limit but --epochs")
-    epochs: int = Field(200, ge=1, description="most rounds of training between two validations")
+    steps: int | None = Field(None, ge=1, description="most optimiser steps; default: no limit")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="most rounds of training between two validations; default: 200, no limit with --time or --steps",
+    )
     patience: int | None = Field(
         None,
         ge=1,

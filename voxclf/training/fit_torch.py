@@ -63,10 +63,11 @@ SCORED_SIDE = 64
 DEFAULT_BATCH = {"slabs": 4, "patches": 64, "crops": 2}
 SCORED_BATCH = {"slabs": 2, "patches": 64, "crops": 2}
 """At least 2: convolutions of a single image take a slow path on CPUs."""
-MONITORED_VOXELS = {"slabs": 60_000, "patches": 2_000, "crops": 200_000}
+MONITORED_VOXELS = {"slabs": 60_000, "patches": 1_000, "crops": 200_000}
 """Held-out voxels scored after each round: a few per cent of a round's time."""
 SCORED_VOXELS = {"slabs": 200_000, "patches": 10_000, "crops": 500_000}
-"""Held-out voxels scored at the end."""
+"""Held-out voxels scored at the end, at most: patch by patch, half as many as were trained on, so that scoring takes a
+fraction of the training."""
 NAIVE_SCORED = 50_000
 """Training labels scored at the end, at most: their score only stands beside the honest one."""
 COUNTED_STEPS = 50
@@ -180,6 +181,8 @@ def train_network(
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
     network.eval()
     n_scored = SCORED_VOXELS[shapes.scored_kind]
+    if shapes.scored_kind == "patches":
+        n_scored = min(n_scored, max(MONITORED_VOXELS["patches"], state.n_seen // 2))
     n_naive = min(n_scored, NAIVE_SCORED)
     return TrainedNetwork(
         network=network.cpu(),

@@ -203,6 +203,7 @@ class _Book(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
         """Write the round down; keep the network if it is the best; stop where patience ends."""
         self.validation_s += time.perf_counter()
+        self.plan.validation_s = self.validation_s
         state = self.plan.state
         scores = task.verdict()
         state.epoch += 1

@@ -9,11 +9,20 @@ from voxclf.config import NetworkFitOptions
 from voxclf.training.training_state import TrainingState
 
 ROUND_STEPS = 100
-"""Most steps between two validations."""
+"""Most steps between two validations, if no time is given."""
 LEAST_ROUNDS = 10
-"""Rounds that a limited number of steps, or time, is divided into, so that there is a best one to choose."""
+"""Rounds that a limited number of steps is divided into, so that there is a best one to choose."""
+ROUNDS_IN_TIME = 20
+"""Rounds that a time is divided into: quick steps are many in a round, so that patience is a length of time, too."""
+LONGEST_ROUND_S = 300.0
+"""What a training that is killed loses at most."""
+LEAST_TIMES_VALIDATION = 4.0
+"""A round takes at least this many times as long as judging it."""
 FIRST_ROUND_STEPS = 10
-"""Steps from which it is known how many fit into a tenth of the time."""
+"""Steps from which it is known how many fit into a round."""
+DEFAULT_EPOCHS = 200
+"""Rounds of a training that has no other end but patience."""
+NO_LIMIT = 10**9
 WARM_UP = 0.3
 """Part of a one-cycle schedule in which the step size rises (Smith and Topin 2018, arXiv 1708.07120)."""
 FIRST_FACTOR = 0.04
@@ -42,6 +51,8 @@ class Plan:
     seed: int
     state: TrainingState
     n_reading: int
+    validation_s: float = 0.0
+    """What the last validation took."""
 
     @property
     def patience(self) -> float:
@@ -64,15 +75,22 @@ class Plan:
             return ROUND_STEPS
         if self.state.step == 0:
             return FIRST_ROUND_STEPS
-        fitting = self.options.time / LEAST_ROUNDS * self.state.step / self.state.seconds
-        return min(ROUND_STEPS, max(1, int(fitting)))
+        seconds = max(self.options.time / ROUNDS_IN_TIME, LEAST_TIMES_VALIDATION * self.validation_s)
+        return max(1, int(min(seconds, LONGEST_ROUND_S) * self.state.step / self.state.seconds))
+
+    @property
+    def epochs(self) -> int:
+        """Rounds after which training ends in any case."""
+        if self.options.epochs is not None:
+            return self.options.epochs
+        return DEFAULT_EPOCHS if self.options.time is None and self.options.steps is None else NO_LIMIT
 
     @property
     def last_step(self) -> int:
         """Steps after which training ends in any case."""
         if self.options.steps is None:
-            return self.options.epochs * ROUND_STEPS
-        return min(self.options.epochs * self.round_steps, self.options.steps)
+            return self.epochs * ROUND_STEPS if self.options.time is None else NO_LIMIT
+        return min(self.epochs * self.round_steps, self.options.steps)
 
     @property
     def end_of_round(self) -> int:
@@ -83,7 +101,7 @@ class Plan:
     def n_rounds_left(self) -> int:
         """Most rounds still to do."""
         if self.options.steps is None:
-            return self.options.epochs - self.state.epoch
+            return self.epochs - self.state.epoch
         return -(-(self.last_step - self.state.step) // self.round_steps)
 
     def part_done(self, seconds: float) -> float:

@@ -436,3 +436,21 @@ def test_step_size_follows_the_schedule():
     assert [step_size_factor("cosine", done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 1e-3])
     assert [step_size_factor("one_cycle", done) for done in (0.0, 0.3, 1.0)] == pytest.approx([0.04, 1.0, 1e-3])
     assert 0.04 < step_size_factor("one_cycle", 0.15) < 1.0
+
+
+def test_rounds_are_a_part_of_the_time_however_quick_the_steps():
+    def plan(**options):
+        return Plan(FitConfig(volume="v", labels="l", output="o", model="4conv", **options), 0, TrainingState(), 0)
+
+    timed = plan(time=600.0)
+    assert timed.round_steps == 10  # until it is known how long steps take
+    timed.state.step, timed.state.seconds = 500, 5.0
+    assert timed.round_steps == 3000  # 30 s
+    timed.validation_s = 20.0
+    assert timed.round_steps == 8000  # four times as long as judging it
+    assert timed.part_done(150.0) == 0.25
+    assert timed.n_rounds_left > 10**6
+    assert (plan().round_steps, plan().last_step) == (100, 20_000)
+    assert (plan(steps=30_000).round_steps, plan(steps=30_000).last_step) == (100, 30_000)
+    assert (plan(steps=50).round_steps, plan(steps=50).n_rounds_left) == (5, 10)
+    assert plan(time=600.0, epochs=3).n_rounds_left == 3
