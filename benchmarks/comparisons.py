@@ -10,7 +10,7 @@ Every study is one comparison: same labels, same held-out slab, same training ti
 
 Run: ``python benchmarks/comparisons.py --data DATA --time 4m -o RUNS`` (RUNS keeps every comparison with its page,
 models and predictions, and goes on where it stopped); ``--studies vnc,losses``; ``--publish`` writes tables and plots
-of the comparisons that are finished in RUNS. With a GPU: ``--time 20m --device cuda --seeds 3``.
+of the comparisons that are finished in RUNS. With a GPU: ``--time 20m --device cuda --seeds 3 --full-width``.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ COLUMNS = (
     "size",
     "memory MB",
 )
-MODELS = (
-    "random_forest,random_forest+autocontext,random_forest+crf,4conv,unet3d,unet2d:encoder=plain,res_unet_r,res_unet_h,"
-    "dynunet,denseunet569,swin_unetr"
+FORESTS, CRF = "random_forest,random_forest+autocontext", "random_forest+crf"
+WIDTH = ":width=0.5"
+"""What two cores can train in minutes; ``--full-width`` leaves it out."""
+NETWORKS = (
+    f"4conv,unet3d{WIDTH},unet2d:encoder=plain{WIDTH},res_unet_r,res_unet_h,dynunet{WIDTH},denseunet569{WIDTH},"
+    f"swin_unetr{WIDTH}"
 )
 KEPT = ("classes", "contestants", "against_best", "stage_gains", "failures")
 ENCODERS = ("plain", "resnet34", "resnest14d", "resnest50d", "resnet101", "resnest200e", "vgg16", "vgg19")
@@ -88,14 +91,20 @@ def prepare_isbi(data: Path, folder: Path) -> Dataset:
 
 
 STUDIES = {
-    "vnc": Study("vnc: serial sections, five classes, three labelled slices", locate_vnc, MODELS),
-    "cdeep3m_mito": Study("cdeep3m_mito: mitochondria, twelve labelled slices", prepare_cdeep3m, MODELS),
-    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi, MODELS),
+    "vnc": Study(
+        "vnc: serial sections, five classes, three labelled slices",
+        locate_vnc,
+        f"{FORESTS},{CRF},{NETWORKS}",
+    ),
+    "cdeep3m_mito": Study(
+        "cdeep3m_mito: mitochondria, twelve labelled slices", prepare_cdeep3m, f"{FORESTS},{CRF},{NETWORKS}"
+    ),
+    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi, f"{FORESTS},{NETWORKS}"),
     "losses": Study(
         "Losses on cdeep3m_mito",
         prepare_cdeep3m,
         ",".join(
-            f"{name}:loss={loss}" for name in ("unet3d", "denseunet569") for loss in ("dice", "boundary_dou", "ce")
+            f"{name}{WIDTH}:loss={loss}" for name in ("unet3d", "denseunet569") for loss in ("dice", "boundary_dou")
         ),
     ),
     "encoders": Study(
@@ -108,8 +117,8 @@ STUDIES = {
         prepare_cdeep3m,
         ",".join(f"res_unet_r:block={name}" for name in ("acb", "res", "se", "eca")),
     ),
-    "sparse": Study("flyem: three orthogonal slices", locate_flyem, "random_forest,4conv,unet3d"),
-    "dense": Study("flyem: all 120 slices", locate_flyem_all, "random_forest,4conv,unet3d"),
+    "sparse": Study("flyem: three orthogonal slices", locate_flyem, f"random_forest,4conv,unet3d{WIDTH}"),
+    "dense": Study("flyem: all 120 slices", locate_flyem_all, f"random_forest,4conv,unet3d{WIDTH}"),
 }
 
 
@@ -119,9 +128,10 @@ def run_study(name: str, options: argparse.Namespace) -> None:
     inputs = options.output / "labels"
     inputs.mkdir(parents=True, exist_ok=True)
     dataset = STUDIES[name].locate(options.data, inputs)
+    models = options.models or STUDIES[name].models.replace(WIDTH, "" if options.full_width else WIDTH)
     run_voxclf(
         *("compare", dataset.volume, dataset.labels, "-o", folder, "--validation", dataset.validation),
-        *("--models", options.models or STUDIES[name].models, "--time", options.time, "--seeds", options.seeds),
+        *("--models", models, "--time", options.time, "--seeds", options.seeds),
         *("--voxel-size", ",".join(f"{s:g}" for s in dataset.voxel_size), "--classes", ",".join(dataset.classes)),
         *("--region", dataset.region, "--memory", options.memory, "--workers", options.threads),
         *("--precision", options.precision, "--device", options.device, "--folds", "2"),
@@ -189,6 +199,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to keep the comparisons in")
     parser.add_argument("--studies", default=",".join(STUDIES), help="some of " + ", ".join(STUDIES))
     parser.add_argument("--models", help="only these contestants; more can be added by another call")
+    parser.add_argument("--full-width", action="store_true", help="networks as published, not half as wide")
     parser.add_argument("--time", default="4m", help="training time of a network")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

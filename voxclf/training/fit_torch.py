@@ -34,6 +34,7 @@ from voxclf.training.loop import Task, choose_accelerator, run_loop
 from voxclf.training.losses import build_loss
 from voxclf.training.pretrain import load_pretrained
 from voxclf.training.scored_windows import ScoredWindow, list_scored_windows, scored_batches
+from voxclf.training.training_plan import ROUND_STEPS
 from voxclf.training.volume_memory import remember
 from voxclf.training.windows import (
     LabelIndex,
@@ -72,6 +73,8 @@ NAIVE_SCORED = 50_000
 """Training labels scored at the end, at most: their score only stands beside the honest one."""
 COUNTED_STEPS = 50
 """Steps whose windows are counted to know the shares in which classes are drawn."""
+SLAB_ROUND_STEPS = 500
+"""Steps between two validations of training on slabs, which are quick."""
 FINAL_PART = 2 / 3
 """Part of the training after which --final-patch is used: 20,000 of 30,000 steps in the MitoEM winner's."""
 CROP_MARGIN = 8
@@ -292,6 +295,7 @@ class Classification(Task):
     ) -> None:
         super().__init__(network, options)
         self.windows = plan_of_windows
+        self.most_steps = SLAB_ROUND_STEPS if plan_of_windows.kind == "slabs" else ROUND_STEPS
         self.sampler = sampler
         self.is_final = False
         self.final_sampler = replace(sampler, forms=plan_of_windows.final) if plan_of_windows.final else sampler

@@ -36,7 +36,7 @@ from voxclf.progress import Progress
 from voxclf.training.cpu_bfloat16 import Float32WeightGradients
 from voxclf.training.step_batches import ReadBatches, StepBatches
 from voxclf.training.step_progress import StepProgress
-from voxclf.training.training_plan import Plan, step_size_factor
+from voxclf.training.training_plan import ROUND_STEPS, Plan, step_size_factor
 from voxclf.training.training_state import TrainingState, load_state
 
 prepare_torchvision()  # Lightning imports it where it is installed, and a build for GPUs fails without them
@@ -58,9 +58,12 @@ class Task(pl.LightningModule):
     ----------
     unit : str
         What :meth:`n_labelled` counts, for the display of progress.
+    most_steps : int
+        Of a round, where no time is given: a minute or so on two cores.
     """
 
     unit = "voxel"
+    most_steps = ROUND_STEPS
 
     def __init__(self, network: nn.Module, options: NetworkFitOptions) -> None:
         super().__init__()
@@ -264,7 +267,7 @@ def run_loop(
     # On a CPU the cores are the network's; a GPU waits for windows unless several threads read them.
     n_reading = 0 if accelerator == "cpu" else max(1, min(8, n_threads))
     state = load_state(folder, task.network, None) or TrainingState()
-    task.plan = plan = Plan(options, seed, state, n_reading)
+    task.plan = plan = Plan(options, seed, state, n_reading, task.most_steps)
     use_channels_last(task.network)
     if accelerator == "cpu":
         keep_freed_memory()

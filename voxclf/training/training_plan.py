@@ -9,7 +9,7 @@ from voxclf.config import NetworkFitOptions
 from voxclf.training.training_state import TrainingState
 
 ROUND_STEPS = 100
-"""Most steps between two validations, if no time is given."""
+"""Most steps between two validations, if no time is given and the task does not say otherwise."""
 LEAST_ROUNDS = 10
 """Rounds that a limited number of steps is divided into, so that there is a best one to choose."""
 ROUNDS_IN_TIME = 20
@@ -51,6 +51,8 @@ class Plan:
     seed: int
     state: TrainingState
     n_reading: int
+    most_steps: int = ROUND_STEPS
+    """Most steps of a round, if no time is given."""
     validation_s: float = 0.0
     """What the last validation took."""
 
@@ -70,9 +72,9 @@ class Plan:
     def round_steps(self) -> int:
         """Steps of the round that begins now."""
         if self.options.steps is not None:
-            return min(ROUND_STEPS, max(1, self.options.steps // LEAST_ROUNDS))
+            return min(self.most_steps, max(1, self.options.steps // LEAST_ROUNDS))
         if self.options.time is None:
-            return ROUND_STEPS
+            return self.most_steps
         if self.state.step == 0:
             return FIRST_ROUND_STEPS
         seconds = max(self.options.time / ROUNDS_IN_TIME, LEAST_TIMES_VALIDATION * self.validation_s)
@@ -89,7 +91,7 @@ class Plan:
     def last_step(self) -> int:
         """Steps after which training ends in any case."""
         if self.options.steps is None:
-            return self.epochs * ROUND_STEPS if self.options.time is None else NO_LIMIT
+            return self.epochs * self.most_steps if self.options.time is None else NO_LIMIT
         return min(self.epochs * self.round_steps, self.options.steps)
 
     @property

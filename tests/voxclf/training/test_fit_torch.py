@@ -418,7 +418,7 @@ def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
         process.wait()
     network = tiny_network(seed=7)
     state = load_state(folder, network, None)
-    assert state.step == 100 * state.epoch == state.history[-1]["step"]
+    assert state.step == 500 * state.epoch == state.history[-1]["step"]
     result = job.train(folder, network, steps=20000, patience=1000, epochs=state.epoch + 1)
     assert [entry["epoch"] for entry in result.history] == list(range(1, state.epoch + 2))
 
