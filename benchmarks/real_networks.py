@@ -8,6 +8,7 @@ same held-out labels as the forests of ``real_data.py``. A network gives up part
 - random forest, and with autocontext: what there is to beat.
 
 - ``by patches``: trained as published, on batches of patches, where all others are trained on slabs.
+- ``dense windows``: slabs of 32² voxels by eights, all of which count; run only if named.
 
 Exact networks predict the scored slab, in float32 and, to say how far it is from that, in bf16. Padded ones cannot, and
 are scored patch by patch on ``--patches`` voxels drawn from the same labels, which gives macro F1 to about 0.01.
@@ -84,11 +85,14 @@ class Case:
         return not self.is_network or NETWORKS[self.model].is_exact
 
 
+DENSE_WINDOWS = ("--spacing", "1", "--window", "32", "--batch", "8")
+
+
 def _network(model: str, *options: str, label: str = "", predict_options: tuple[str, ...] = ()) -> Case:
     return Case(model, label or model, (*SCHEDULE, *options), predict_options)
 
 
-CASES = (
+USUAL_CASES = (
     Case("random_forest", "random_forest", ("--folds", "3")),
     Case("random_forest", "random_forest, autocontext 2", ("--folds", "3", "--autocontext", "2")),
     _network("3layer"),
@@ -118,6 +122,14 @@ CASES = (
     _network("4conv", "--input-bank", "multiscale", label="4conv + bank"),
     _network("4res_valid", "--input-bank", "multiscale", label="4res_valid + bank"),
     _network("dilres", "--input-bank", "multiscale", label="dilres + bank"),
+)
+CASES = (
+    *USUAL_CASES,
+    *(
+        replace(case, name=f"{case.name}, dense windows", options=(*DENSE_WINDOWS, *case.options))
+        for case in USUAL_CASES
+        if case.is_network and case.is_exact and "patches" not in case.options
+    ),
 )
 
 
@@ -226,7 +238,7 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
 def list_jobs(options: argparse.Namespace, setup: str) -> Iterator[tuple[str, Case]]:
     """What is asked for and not yet kept."""
     done = {(row["volume"], row["case"], row["seed"]) for row in load_rows(options.kept) if row["setup"] == setup}
-    wanted = options.cases.split(";") if options.cases else [case.name for case in CASES]
+    wanted = options.cases.split(";") if options.cases else [case.name for case in USUAL_CASES]
     for volume in options.only.split(","):
         for case in CASES:
             if case.name in wanted and (volume, case.name, options.seed) not in done:
