@@ -35,8 +35,9 @@ Item = TypeVar("Item")
 
 JOB = "job.json"
 LABELS = "labels"
-NOT_SHARED = {"output", "models", "seeds", "seed", "overwrite"}
-"""Settings that may change from one call to the next: contestants and seeds are added to those that are done."""
+NOT_SHARED = {"output", "models", "seeds", "seed", "overwrite", "memory"}
+"""Settings that may change from one call to the next: contestants and seeds are added to those that are done, and one
+that lacked memory gets more."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ def _check_folder(folder: Path, job: dict[str, Any], overwrite: bool) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
     elif record.exists() and json.loads(record.read_text(encoding="utf-8"))["fingerprint"] != job["fingerprint"]:
         raise OutputExistsError(
-            f"{folder} holds a comparison with other inputs or settings; only --models and --seeds may differ from one "
-            "call to the next: use --overwrite to start anew, or give another output"
+            f"{folder} holds a comparison with other inputs or settings; only --models, --seeds and --memory may "
+            "differ from one call to the next: use --overwrite to start anew, or give another output"
         )
     elif not record.exists() and (folder / RUNS).exists():
         raise OutputExistsError(f"{folder / RUNS} exists and is not of a comparison; give another output")

@@ -13,8 +13,9 @@ axes happens in the network (:mod:`voxclf.models.unet2d`). Nothing here knows wh
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -33,9 +34,10 @@ from voxclf.models.segmenter_reach import Reach, measure_reach
 if TYPE_CHECKING:
     from voxclf.models.network_model import NetworkModel
 
-TILE_SIDES = (256, 192, 160, 128, 96, 64, 48, 32, 16)
-"""Sides of a tile that are tried, voxels, rounded up to the alignment."""
-LARGEST_CPU_TILE = 128
+LARGEST_TILE = 256
+"""Longest side of a tile, voxels; on a CPU a tile has at most as many voxels as a cube of half that side."""
+SMALLEST_TILE = 16
+"""Sides from which a tile is worth its margins, rounded up to the alignment."""
 ACTIVATION_SHARE = 0.5
 """Of the memory budget, for the activations of tiles; the rest holds blocks."""
 CPU_BATCH = 2
@@ -61,7 +63,7 @@ def make_segmenter_step(model: NetworkModel, device: str = "cpu", inference: Inf
         network,
         model.inputs,
         reach,
-        choose_tile(network, model.inputs, reach, int(ACTIVATION_SHARE * free), device),
+        check_tile_budget(network, model.inputs, reach, int(ACTIVATION_SHARE * free), device),
         device,
         choose_flips(model.voxel_size_nm) if inference.flips else NO_FLIPS,
         model.calibration,
@@ -70,25 +72,22 @@ def make_segmenter_step(model: NetworkModel, device: str = "cpu", inference: Inf
     )
 
 
-def choose_tile(network: Segmenter, inputs: NetworkInput, reach: Reach, budget: int, device: str = "cpu") -> Zyx:
-    """The largest tile whose activations fit a budget of bytes.
+def check_tile_budget(network: Segmenter, inputs: NetworkInput, reach: Reach, budget: int, device: str = "cpu") -> int:
+    """The budget of bytes, if the activations of the smallest tile fit it.
 
     Raises
     ------
     ValueError
-        If none does.
+        If they do not.
     """
-    step = SegmenterStep(network, inputs, reach, network.alignment, device)
-    for side in TILE_SIDES:
-        if device == "cpu" and side > LARGEST_CPU_TILE:
-            continue
-        z, y, x = (round_up(side, a) for a in network.alignment)
-        need = step.tile_bytes((z, y, x))
-        if need <= budget:
-            return z, y, x
+    step = SegmenterStep(network, inputs, reach, budget, device)
+    need = step.tile_bytes(step.smallest_tile)
+    if need <= budget:
+        return budget
     raise ValueError(
-        f"--memory leaves {budget / 1e9:.2f} GB for a tile of {network.name}, too little even for one of {(z, y, x)} "
-        f"voxels and its margin {reach.margin}; give at least {need / ACTIVATION_SHARE / 1e9:.1f} GB"
+        f"--memory leaves {budget / 1e9:.2f} GB for a tile of {network.name}, too little even for one of "
+        f"{step.smallest_tile} voxels and its margin {reach.margin}; give at least "
+        f"{need / ACTIVATION_SHARE / 1e9:.1f} GB"
     )
 
 
@@ -107,8 +106,9 @@ class SegmenterStep:
         Makes its channels from grey values.
     reach : Reach
         The margin that it needs.
-    tile_shape : (z, y, x)
-        Most voxels computed at once, multiples of the alignment; a block is cut into such tiles.
+    tile_budget : int
+        Bytes for the activations of the tiles computed at a time. A block is cut into those tiles that fit it and
+        compute the fewest voxels, margins included: flat ones where the block or the margin is.
     device : str
         Where the network is.
     flips : tuple of tuple of int
@@ -124,7 +124,7 @@ class SegmenterStep:
     network: Segmenter
     inputs: NetworkInput
     reach: Reach
-    tile_shape: Zyx
+    tile_budget: int
     device: str = "cpu"
     flips: Flips = NO_FLIPS
     calibration: CalibrationMap | None = None
@@ -219,11 +219,42 @@ class SegmenterStep:
         z, y, x = (round_up(n, a) for n, a in zip(shape, self.alignment, strict=True))
         return z, y, x
 
+    @property
+    def smallest_tile(self) -> Zyx:
+        """What a tile is never smaller than, unless the block is."""
+        return self._align((SMALLEST_TILE,) * 3)
+
     def _divide(self, shape: Zyx) -> Zyx:
-        """Cut a shape as evenly as the alignment allows into as few tiles as needed."""
-        counts = (-(-n // most) for n, most in zip(shape, self.tile_shape, strict=True))
-        z, y, x = (-(-n // count) for n, count in zip(shape, counts, strict=True))
-        return self._align((z, y, x))
+        """Cut a shape evenly, as far as the alignment allows, into tiles; gives the shape of one."""
+        if shape not in self._divided:
+            zs, ys, xs = (self._sides(axis, length) for axis, length in enumerate(shape))
+            self._divided[shape] = min(itertools.product(zs, ys, xs), key=self._cost_of(shape))
+        return self._divided[shape]
+
+    @cached_property
+    def _divided(self) -> dict[Zyx, Zyx]:
+        """Tiles of the block shapes met so far: a few."""
+        return {}
+
+    def _sides(self, axis: int, length: int) -> list[int]:
+        """Sides that divide a length evenly, largest first."""
+        step, smallest = self.alignment[axis], self.smallest_tile[axis]
+        most = max(1, length // smallest)
+        sides = {round_up(-(-length // count), step) for count in range(1, most + 1)}
+        return sorted((n for n in sides if n <= max(LARGEST_TILE, smallest)), reverse=True)
+
+    def _cost_of(self, shape: Zyx) -> Callable[[Zyx], tuple[bool, int]]:
+        """What to choose tiles of a block by: first that they fit, then the voxels computed."""
+        most = (LARGEST_TILE // 2) ** 3 if self.device == "cpu" else LARGEST_TILE**3
+
+        def cost(tile: Zyx) -> tuple[bool, int]:
+            need = self.tile_bytes(tile)
+            if need > self.tile_budget or math.prod(tile) > most:
+                return True, need
+            n_tiles = math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))
+            return False, n_tiles * math.prod(add(tile, add(self.margin, self.margin)))
+
+        return cost
 
 
 def _batch_equal_shapes(tiles: Iterator[Block], largest: int) -> Iterator[Sequence[Block]]:

@@ -1,5 +1,6 @@
 """A segmenter in blocks is the segmenter on the whole volume, within the tolerance at which its reach was measured."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,12 +12,12 @@ from scipy import ndimage
 from features.bank import FilterBank
 from voxclf.engine.transfer import crop_to_core, read_block
 from voxclf.feature_stack import FeatureStack
-from voxclf.geometry import split_into_blocks
+from voxclf.geometry import round_up, split_into_blocks
 from voxclf.models.devices import Inference
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import build
 from voxclf.models.segmenter_reach import LARGEST_MARGIN, Reach, measure_reach
-from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, choose_tile, make_segmenter_step
+from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, check_tile_budget, make_segmenter_step
 from voxclf.training.losses import build_loss
 from voxclf.volume import create_volume, open_volume
 
@@ -25,6 +26,7 @@ SECTIONS = (30.0, 8.0, 8.0)
 TOLERANCE = 0.05
 """Looser than the default, so that margins are short and the tests fast."""
 INPUTS = NetworkInput((0.5,), (0.6,))
+NO_LIMIT = 10**12
 
 
 def make_cells(shape, rng):
@@ -81,7 +83,7 @@ def reach(network, cells):
 
 @pytest.fixture(scope="module")
 def step(network, reach):
-    return SegmenterStep(network, INPUTS, reach, (64, 64, 64))
+    return SegmenterStep(network, INPUTS, reach, NO_LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +141,11 @@ def test_a_pointwise_network_reaches_nowhere():
 
 def test_tiles_within_a_block_agree(step, cells):
     image = np.pad(cells[:22, :32, :40], [(h, h) for h in step.halo], mode="symmetric")[None]
-    whole = replace(step, tile_shape=(24, 40, 40))(image)
-    for tile_shape in [(12, 32, 40), (24, 16, 40)]:
-        assert np.abs(replace(step, tile_shape=tile_shape)(image) - whole).max() <= TOLERANCE
+    whole = step(image)
+    for tile in [(12, 32, 40), (24, 16, 40)]:
+        limited = replace(step, tile_budget=step.tile_bytes(tile))
+        assert limited.working_bytes((22, 32, 40)) < step.working_bytes((22, 32, 40))  # so it is cut
+        assert np.abs(limited(image) - whole).max() <= TOLERANCE
 
 
 def test_probabilities_are_the_softmax_of_the_network(step, cells):
@@ -166,9 +170,10 @@ def test_filter_bank_channels_bring_their_own_halo(volume):
     torch.manual_seed(0)
     network = build("unet3d", 2, in_channels=1 + n, width=0.1, voxel_size_nm=SECTIONS).eval()
     reach = measure_reach(network)
-    step = SegmenterStep(network, inputs, reach, (16, 32, 32))
+    whole_step = SegmenterStep(network, inputs, reach, NO_LIMIT)
+    step = replace(whole_step, tile_budget=whole_step.tile_bytes((16, 32, 32)))
     assert all(h >= m + 1 and h % a == 0 for h, m, a in zip(step.halo, step.margin, step.alignment, strict=True))
-    whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (64, 64, 64))
+    whole = predict(whole_step, volume, (64, 64, 64))
     assert np.abs(predict(step, volume, (24, 24, 48)) - whole).max() <= reach.tolerance
 
 
@@ -181,7 +186,7 @@ def sections():
 
 def test_sections_need_no_neighbours(sections, cells, volume):
     reach = measure_reach(sections, INPUTS.compute(cells), TOLERANCE)
-    step = SegmenterStep(sections, INPUTS, reach, (64, 64, 64))
+    step = SegmenterStep(sections, INPUTS, reach, NO_LIMIT)
     assert (step.halo[0], step.alignment[0]) == (0, 1)
     assert step.halo[1] > 0
     whole = predict(step, volume, (64, 64, 64))
@@ -201,9 +206,9 @@ def test_three_axes_are_averaged(sections, cells, volume):
         expected = sum(network(crop).softmax(dim=1) for network in networks) / 3
         torch.testing.assert_close(average(crop).softmax(dim=1), expected)
     reach = measure_reach(average, INPUTS.compute(cells), TOLERANCE)
-    step = SegmenterStep(average, INPUTS, reach, (32, 48, 48))
+    step = SegmenterStep(average, INPUTS, reach, NO_LIMIT)
     assert min(step.halo) > 0
-    whole = predict(replace(step, tile_shape=(64, 64, 64)), volume, (32, 48, 48))
+    whole = predict(step, volume, (32, 48, 48))
     assert np.abs(predict(step, volume, (16, 32, 48)) - whole).max() <= TOLERANCE
 
 
@@ -214,7 +219,7 @@ def test_steps_are_made_from_models(network, reach, cells):
     step = make_segmenter_step(model, "cpu", Inference(flips=True, n_callers=2))
     assert step.reach == reach
     assert len(step.flips) == 4
-    assert step.tile_shape == choose_tile(network, INPUTS, reach, 2 * 10**9)
+    assert step.tile_budget == 2 * 10**9
     model.training = {}
     assert make_segmenter_step(model).reach.margin != (0, 0, 0)
 
@@ -225,15 +230,31 @@ def test_bfloat16_is_close(step, cells):
     assert 0 < difference.max() < 0.1
 
 
-def test_memory_decides_the_tile(network, reach):
-    small = choose_tile(network, INPUTS, reach, 300_000_000)
-    large = choose_tile(network, INPUTS, reach, 3_000_000_000)
-    assert max(small) < max(large)
-    step = SegmenterStep(network, INPUTS, reach, small)
-    assert step.tile_bytes(small) <= 300_000_000 < step.tile_bytes(large)
-    assert step.working_bytes(large) > step.working_bytes(small)
+def test_memory_decides_the_tiles(step):
+    budgets = (300_000_000, 1_000_000_000, 3_000_000_000)
+    needs = [replace(step, tile_budget=budget).working_bytes((48, 192, 192)) for budget in budgets]
+    assert needs == sorted(set(needs))
     with pytest.raises(ValueError, match="too little even for one of"):
-        choose_tile(network, INPUTS, reach, 1_000_000)
+        check_tile_budget(step.network, INPUTS, step.reach, 1_000_000)
+
+
+@pytest.mark.parametrize("core", [(4, 256, 256), (64, 64, 64), (20, 512, 96), (3, 5, 7)])
+def test_tiles_compute_the_fewest_voxels_that_fit(step, core):
+    """Against trying all ways of cutting."""
+    limited = replace(with_margin(step, (4, 16, 8)), tile_budget=200_000_000)
+
+    def n_computed(tile):
+        n_tiles = np.prod([-(-n // t) for n, t in zip(core, tile, strict=True)])
+        return int(n_tiles * np.prod(np.add(tile, np.multiply(limited.margin, 2))))
+
+    chosen = limited._divide(core)
+    assert limited.tile_bytes(chosen) <= limited.tile_budget
+    sides = [
+        {round_up(-(-n // count), a) for count in range(1, max(1, n // 16) + 1)}
+        for n, a in zip(core, limited.alignment, strict=True)
+    ]
+    fitting = [t for t in itertools.product(*sides) if limited.tile_bytes(t) <= limited.tile_budget and max(t) <= 256]
+    assert n_computed(chosen) == min(map(n_computed, fitting))
 
 
 def test_bad_arguments_are_refused(network):
