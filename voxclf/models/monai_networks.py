@@ -59,6 +59,10 @@ class DynUNet(Segmenter):
             filters=channels,
             norm_name=NORM,
         )
+        # MONAI registers all its blocks a second time, nested in each other. Weights of two names cannot be saved.
+        nested = self.network.skip_layers
+        del self.network.skip_layers
+        object.__setattr__(self.network, "skip_layers", nested)
 
     def segment(self, x: Tensor) -> Tensor:
         """See :class:`Segmenter`."""

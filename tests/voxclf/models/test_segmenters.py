@@ -1,6 +1,7 @@
 """Every segmenter: sizes, parameters counted by hand, anisotropy, and whether it can learn one crop by heart."""
 
 import os
+from copy import deepcopy
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from voxclf.models.registry import NETWORKS, build
 from voxclf.models.res_unet import BLOCKS, ChannelAttention, flat_triple, local_mean
 from voxclf.models.segmenter import count_parameters, plan_strides
 from voxclf.training.losses import build_loss
+from voxclf.training.training_state import TrainingState, load_state
 
 SECTIONS = (30.0, 8.0, 8.0)
 SMALL = {
@@ -46,6 +48,23 @@ def build_small(name, n_classes=2, voxel_size_nm=None, **options):
 
 def test_the_list_above_has_every_segmenter():
     assert set(SMALL) == {name for name, info in NETWORKS.items() if info.kind == "segmenter"}
+
+
+@networks
+def test_weights_and_training_state_are_saved_and_loaded(name, tmp_path):
+    network, other = build_small(name).eval(), build_small(name)
+    crop = torch.randn(1, 1, *[2 * a for a in network.alignment])
+    optimizer = torch.optim.Adam(network.parameters())
+    network(crop).sum().backward()
+    optimizer.step()
+    state = TrainingState(epoch=1)
+    state.keep_best(network)
+    state.save(tmp_path, network, optimizer)
+    assert load_state(tmp_path, other, None).epoch == 1
+    with torch.inference_mode():
+        expected = network(crop)
+        for restored in (other.eval(), deepcopy(network)):
+            torch.testing.assert_close(restored(crop), expected)
 
 
 @networks
