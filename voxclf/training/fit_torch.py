@@ -9,6 +9,7 @@ segmenters on crops. Unlabelled voxels never count.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +68,10 @@ SCORED_BATCH = {"slabs": 2, "patches": 64, "crops": 2}
 MONITORED_VOXELS = {"slabs": 60_000, "patches": 1_000, "crops": 200_000}
 """Held-out voxels scored after each round: a few per cent of a round's time."""
 SCORED_VOXELS = {"slabs": 200_000, "patches": 10_000, "crops": 500_000}
-"""Held-out voxels scored at the end, at most: patch by patch, half as many as were trained on, so that scoring takes a
-fraction of the training."""
+"""Held-out voxels scored at the end, at most."""
+SCORING_PART, LEAST_SCORING_S = 0.25, 60.0
+"""Each of the two scorings at the end is over after this part of the training time, but not before a minute: a slow
+network is scored on fewer voxels, drawn evenly."""
 NAIVE_SCORED = 50_000
 """Training labels scored at the end, at most: their score only stands beside the honest one."""
 COUNTED_STEPS = 50
@@ -184,14 +187,12 @@ def train_network(
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
     network.eval()
     n_scored = SCORED_VOXELS[shapes.scored_kind]
-    if shapes.scored_kind == "patches":
-        n_scored = min(n_scored, max(MONITORED_VOXELS["patches"], state.n_seen // 2))
     n_naive = min(n_scored, NAIVE_SCORED)
     return TrainedNetwork(
         network=network.cpu(),
         history=state.history,
-        validation=_score(task, validation, n_scored, n_threads, progress, "score held out"),
-        training=_score(task, training, n_naive, n_threads, progress, "score trained on"),
+        validation=_score(task, validation, n_scored, state.seconds, n_threads, progress, "score held out"),
+        training=_score(task, training, n_naive, state.seconds, n_threads, progress, "score trained on"),
         split=held_out.to_dict(),
         seconds=state.seconds,
         n_labelled_seen=state.n_seen,
@@ -413,20 +414,31 @@ class _Scored:
 
 
 def _score(
-    task: Classification, index: LabelIndex, limit: int, n_threads: int, progress: Progress, stage: str
+    task: Classification,
+    index: LabelIndex,
+    limit: int,
+    trained_s: float,
+    n_threads: int,
+    progress: Progress,
+    stage: str,
 ) -> CellTables:
     """Score the best network on labels, on the device that trained it and in float32."""
     windows = list_scored_windows(index, task.windows.scored, limit, task.sampler.seed)
     tally = Tally(task.n_classes, bounding_box(index.survey))
-    for _ in progress(
-        stage, _score_windows(task, index, windows, tally, n_threads), sum(w.n_labelled for w in windows), "voxel"
-    ):
+    deadline = time.perf_counter() + max(LEAST_SCORING_S, SCORING_PART * trained_s)
+    scored = _score_windows(task, index, windows, tally, deadline, n_threads)
+    for _ in progress(stage, scored, sum(w.n_labelled for w in windows), "voxel"):
         continue
     return tally.cells
 
 
 def _score_windows(
-    task: Classification, index: LabelIndex, windows: Sequence[ScoredWindow], tally: Tally, n_threads: int
+    task: Classification,
+    index: LabelIndex,
+    windows: Sequence[ScoredWindow],
+    tally: Tally,
+    deadline: float,
+    n_threads: int,
 ) -> Iterator[_Scored]:
     device = torch.device(choose_accelerator(task.options.device))
     before = torch.get_num_threads()
@@ -438,6 +450,8 @@ def _score_windows(
                 logits = task.logits(batch._replace(images=torch.from_numpy(batch.images).to(device)), "scored")
             tally.add(logits, batch)
             yield _Scored(batch.n_labelled)
+            if time.perf_counter() > deadline:
+                return
     finally:
         torch.set_num_threads(before)
         task.network.cpu()

@@ -97,9 +97,12 @@ def read_scored(index: LabelIndex, forms: Sequence[WindowForm], window: ScoredWi
 def scored_batches(
     index: LabelIndex, forms: Sequence[WindowForm], windows: Sequence[ScoredWindow], n_windows: int
 ) -> Iterator[WindowBatch]:
-    """Read windows in batches of one form."""
-    for i in range(len(forms)):
-        own = [window for window in windows if window.form == i]
-        for first in range(0, len(own), n_windows):
-            some = own[first : first + n_windows]
-            yield WindowBatch.of([read_scored(index, forms, window) for window in some], i, [w.start for w in some])
+    """Read windows in batches of one form; batches are in the order of their first windows."""
+    batches = []
+    for form in range(len(forms)):
+        own = [number for number, window in enumerate(windows) if window.form == form]
+        batches += [own[first : first + n_windows] for first in range(0, len(own), n_windows)]
+    for numbers in sorted(batches):
+        some = [windows[number] for number in numbers]
+        read = [read_scored(index, forms, window) for window in some]
+        yield WindowBatch.of(read, some[0].form, [window.start for window in some])

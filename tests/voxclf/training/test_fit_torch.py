@@ -454,3 +454,16 @@ def test_rounds_are_a_part_of_the_time_however_quick_the_steps():
     assert (plan(steps=30_000).round_steps, plan(steps=30_000).last_step) == (100, 30_000)
     assert (plan(steps=50).round_steps, plan(steps=50).n_rounds_left) == (5, 10)
     assert plan(time=600.0, epochs=3).n_rounds_left == 3
+
+
+def test_slow_scoring_is_cut_short(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("voxclf.training.fit_torch.SCORED_SIDE", 6)  # many windows
+    whole = job.train(tmp_path / "whole", steps=2)
+    monkeypatch.setattr("voxclf.training.fit_torch.LEAST_SCORING_S", 0.0)
+    monkeypatch.setattr("voxclf.training.fit_torch.SCORING_PART", 0.0)
+    cut = job.train(tmp_path / "cut", steps=2)
+    assert 0 < n_scored(cut.validation) < n_scored(whole.validation)
+
+
+def n_scored(tables):
+    return int(tables.total(2).confusion.sum())
