@@ -167,20 +167,21 @@ def _spell(interval: dict[str, float], form: str = ".3f") -> str:
 def publish_studies(options: argparse.Namespace) -> None:
     """Tables and plots of what is finished."""
     lines: list[str] = []
-    rows, setups = [], set()
+    rows = []
     for name, study in STUDIES.items():
         page = options.output / name / "compare.json"
         if not page.exists():
             continue
         found = json.loads(page.read_text())
         settings = found["settings"]
-        setups.add(
-            f"{settings['time']:.0f} s of training, {settings['seeds']} seed(s), {settings['workers']} thread(s), "
+        seeds = max(len(contestant["seeds"]) for contestant in found["contestants"])
+        setup = (
+            f"{settings['time']:.0f} s of training, {seeds} seed(s), {settings['workers']} thread(s), "
             f"{settings['precision']}, {settings['device']}"
         )
         plot = f"{NAME}_{name}.svg"
         shutil.copy(options.output / name / "score_and_time.svg", RESULTS / plot)
-        lines += [f"## {study.title}", "", *markdown_table(COLUMNS, lay_out(found)), ""]
+        lines += [f"## {study.title}", "", f"{setup}.", "", *markdown_table(COLUMNS, lay_out(found)), ""]
         lines += [f"- {failure['name']} did not finish: {failure['message']}" for failure in found["failures"]]
         gains = [f"- {gain['name']}: {_spell(gain['macro_f1'], '+.3f')} macro F1" for gain in found["stage_gains"]]
         lines += ["What each stage adds:", "", *gains, ""] if gains else []
@@ -188,8 +189,8 @@ def publish_studies(options: argparse.Namespace) -> None:
         for contestant in found["contestants"]:
             for seed in contestant["seeds"]:
                 del seed["prediction"]  # a path of this machine
-        rows.append({"study": name} | {key: found[key] for key in KEPT})
-    facts = describe_run(LIBRARIES, setup="; ".join(sorted(setups)), remark=options.remark)
+        rows.append({"study": name, "setup": setup} | {key: found[key] for key in KEPT})
+    facts = describe_run(LIBRARIES, remark=options.remark)
     publish(NAME, TITLE, EXPLANATION, facts, rows, lines)
 
 

@@ -119,7 +119,7 @@ def test_only_what_is_new_is_computed(project, compared):
 def test_other_settings_need_another_folder(project, compared, capsys):
     arguments = ["compare", "image.tif", "labels.tif", "-o", compared, "--models", MODELS, *FAST]
     assert run(project, *arguments, "--balance", "equal") == 3
-    assert "other inputs or settings; only --models and --seeds may differ" in capsys.readouterr().err
+    assert "other inputs or settings; only --models, --seeds and --memory may differ" in capsys.readouterr().err
 
 
 def test_labels_to_score_on_may_be_given(project, tmp_path):
