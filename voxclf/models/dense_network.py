@@ -169,7 +169,7 @@ class DenseNetwork(nn.Module):
                 if self.last_uses[used] == i:  # without gradients this is what frees the memory
                     values.pop(used, None)
         sz, sy, sx = (s // step for s, step in zip(self.spacing, self.steps[-1], strict=True))
-        return values[len(self.operations)][:, :, ::sz, ::sy, ::sx][:, :, :z, :y, :x_]
+        return values[len(self.operations)][:, :, : z * sz : sz, : y * sy : sy, : x_ * sx : sx]
 
     def _fragments(self, reach: Reach) -> Zyx:
         """Number of fragments along each axis that a value consists of."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -59,36 +59,19 @@ def make_segmenter_step(model: NetworkModel, device: str = "cpu", inference: Inf
     stored = model.training.get(REACH_KEY)
     reach = Reach.from_dict(stored) if stored else measure_reach(network, device=device)
     free = free_gpu_bytes(device) if device == "cuda" else inference.memory_bytes
-    return SegmenterStep(
+    step = SegmenterStep(
         network,
         model.inputs,
         reach,
-        check_tile_budget(network, model.inputs, reach, int(ACTIVATION_SHARE * free), device),
+        int(ACTIVATION_SHARE * free),
         device,
         choose_flips(model.voxel_size_nm) if inference.flips else NO_FLIPS,
         model.calibration,
         inference.precision == "bf16",
         inference.n_callers,
     )
-
-
-def check_tile_budget(network: Segmenter, inputs: NetworkInput, reach: Reach, budget: int, device: str = "cpu") -> int:
-    """The budget of bytes, if the activations of the smallest tile fit it.
-
-    Raises
-    ------
-    ValueError
-        If they do not.
-    """
-    step = SegmenterStep(network, inputs, reach, budget, device)
-    need = step.tile_bytes(step.smallest_tile)
-    if need <= budget:
-        return budget
-    raise ValueError(
-        f"--memory leaves {budget / 1e9:.2f} GB for a tile of {network.name}, too little even for one of "
-        f"{step.smallest_tile} voxels and its margin {reach.margin}; give at least "
-        f"{need / ACTIVATION_SHARE / 1e9:.1f} GB"
-    )
+    step.check_tile_budget()
+    return step
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +148,22 @@ class SegmenterStep:
         stored = (12 * self.out_channels + 8) * math.prod(core_shape)
         return read + stored + self.tile_bytes(self._divide(core_shape)) // self.n_callers
 
+    def check_tile_budget(self) -> None:
+        """Refuse a budget that is too small for the smallest tile.
+
+        Raises
+        ------
+        ValueError
+            Saying what would be enough.
+        """
+        need = self.tile_bytes(self.smallest_tile)
+        if need > self.tile_budget:
+            raise ValueError(
+                f"--memory leaves {self.tile_budget / 1e9:.2f} GB for a tile of {self.network.name}, too little even "
+                f"for one of {self.smallest_tile} voxels and its margin {self.reach.margin}; give at least "
+                f"{need / ACTIVATION_SHARE / 1e9:.1f} GB"
+            )
+
     def tile_bytes(self, tile: Zyx) -> int:
         """Memory of the tiles that are computed at a time: their channels and the network's activations."""
         size = add(tile, add(self.margin, self.margin))
@@ -228,7 +227,7 @@ class SegmenterStep:
         """Cut a shape evenly, as far as the alignment allows, into tiles; gives the shape of one."""
         if shape not in self._divided:
             zs, ys, xs = (self._sides(axis, length) for axis, length in enumerate(shape))
-            self._divided[shape] = min(itertools.product(zs, ys, xs), key=self._cost_of(shape))
+            self._divided[shape] = min(itertools.product(zs, ys, xs), key=lambda tile: self._cost(shape, tile))
         return self._divided[shape]
 
     @cached_property
@@ -243,18 +242,14 @@ class SegmenterStep:
         sides = {round_up(-(-length // count), step) for count in range(1, most + 1)}
         return sorted((n for n in sides if n <= max(LARGEST_TILE, smallest)), reverse=True)
 
-    def _cost_of(self, shape: Zyx) -> Callable[[Zyx], tuple[bool, int]]:
-        """What to choose tiles of a block by: first that they fit, then the voxels computed."""
+    def _cost(self, shape: Zyx, tile: Zyx) -> tuple[bool, int]:
+        """What to choose the tiles of a block by: first that they fit, then the voxels computed."""
         most = (LARGEST_TILE // 2) ** 3 if self.device == "cpu" else LARGEST_TILE**3
-
-        def cost(tile: Zyx) -> tuple[bool, int]:
-            need = self.tile_bytes(tile)
-            if need > self.tile_budget or math.prod(tile) > most:
-                return True, need
-            n_tiles = math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))
-            return False, n_tiles * math.prod(add(tile, add(self.margin, self.margin)))
-
-        return cost
+        need = self.tile_bytes(tile)
+        if need > self.tile_budget or math.prod(tile) > most:
+            return True, need
+        n_tiles = math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))
+        return False, n_tiles * math.prod(add(tile, add(self.margin, self.margin)))
 
 
 def _batch_equal_shapes(tiles: Iterator[Block], largest: int) -> Iterator[Sequence[Block]]:

@@ -35,7 +35,6 @@ from voxclf.training.loop import Task, choose_accelerator, run_loop
 from voxclf.training.losses import build_loss
 from voxclf.training.pretrain import load_pretrained
 from voxclf.training.scored_windows import ScoredWindow, list_scored_windows, scored_batches
-from voxclf.training.training_plan import ROUND_STEPS
 from voxclf.training.volume_memory import remember
 from voxclf.training.windows import (
     LabelIndex,
@@ -296,7 +295,8 @@ class Classification(Task):
     ) -> None:
         super().__init__(network, options)
         self.windows = plan_of_windows
-        self.most_steps = SLAB_ROUND_STEPS if plan_of_windows.kind == "slabs" else ROUND_STEPS
+        if plan_of_windows.kind == "slabs":
+            self.most_steps = SLAB_ROUND_STEPS
         self.sampler = sampler
         self.is_final = False
         self.final_sampler = replace(sampler, forms=plan_of_windows.final) if plan_of_windows.final else sampler

@@ -155,7 +155,7 @@ class _Book(pl.Callback):
         self.folder = folder
         self.shown = steps_shown
         self.started = time.perf_counter() - plan.state.seconds
-        self.validation_s = self.train_loss = 0.0
+        self.validation_began = self.train_loss = 0.0
         self.was_interrupted = False
 
     @property
@@ -188,13 +188,13 @@ class _Book(pl.Callback):
         self.shown.push(n, self.seconds)
         limit = self.plan.options.time
         # Validation after the last round is part of the budget.
-        is_over = limit is not None and self.seconds + self.validation_s >= limit
+        is_over = limit is not None and self.seconds + self.plan.validation_s >= limit
         if trainer.strategy.reduce_boolean_decision(is_over, all=False):
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: pl.Trainer, task: Any) -> None:
         """Start the clock of the validation, unless there is nothing left to validate."""
-        self.validation_s = -time.perf_counter()
+        self.validation_began = time.perf_counter()
         self.train_loss = float(task.round_loss) / max(1, task.round_steps)
         if not math.isfinite(self.train_loss):
             raise ValueError(
@@ -205,8 +205,7 @@ class _Book(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
         """Write the round down; keep the network if it is the best; stop where patience ends."""
-        self.validation_s += time.perf_counter()
-        self.plan.validation_s = self.validation_s
+        self.plan.validation_s = time.perf_counter() - self.validation_began
         state = self.plan.state
         scores = task.verdict()
         state.epoch += 1

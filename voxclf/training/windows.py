@@ -411,9 +411,10 @@ class WindowSampler:
         """Start of a window in which the voxel counts, inside the volume where the volume is large enough."""
         start = []
         for v, t, s, n in zip(voxel, form.target, form.spacing, self.index.reader.labels.shape, strict=True):
-            before = int(rng.integers((t - 1) // s + 1))
-            lowest = max(0, -(-(v + t - n) // s))
-            start.append(v - s * max(min(before, v // s), min(lowest, (t - 1) // s)))
+            last = (t - 1) // s
+            number = int(rng.integers(last + 1))  # which of those that count the voxel is to be
+            least = min(last, max(0, -(-(v + t - n) // s)))  # with a smaller one the window ends beyond the volume
+            start.append(v - s * max(least, min(number, v // s)))
         return _zyx(start)
 
     def _target(self, form: int, start: Zyx) -> np.ndarray:

@@ -17,7 +17,7 @@ from voxclf.models.devices import Inference
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import build
 from voxclf.models.segmenter_reach import LARGEST_MARGIN, Reach, measure_reach
-from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, check_tile_budget, make_segmenter_step
+from voxclf.models.segmenter_step import REACH_KEY, SegmenterStep, make_segmenter_step
 from voxclf.training.losses import build_loss
 from voxclf.volume import create_volume, open_volume
 
@@ -235,7 +235,7 @@ def test_memory_decides_the_tiles(step):
     needs = [replace(step, tile_budget=budget).working_bytes((48, 192, 192)) for budget in budgets]
     assert needs == sorted(set(needs))
     with pytest.raises(ValueError, match="too little even for one of"):
-        check_tile_budget(step.network, INPUTS, step.reach, 1_000_000)
+        replace(step, tile_budget=1_000_000).check_tile_budget()
 
 
 @pytest.mark.parametrize("core", [(4, 256, 256), (64, 64, 64), (20, 512, 96), (3, 5, 7)])
