@@ -7,7 +7,7 @@ same repetition, in processor time on one thread.
 
 - patches, plain: as published, float32, channels first.
 - patches, tuned: channels last, which is the fairer opponent: both are laid out alike, so the ratio is the slab's own.
-- patches, bf16: autocast, with the weights' gradients in float32 (see `voxclf/training/cpu_bfloat16.py`).
+- patches, bf16: autocast, with gradients computed as `voxclf/training/cpu_bfloat16.py` says.
 - slabs, every 4th: the default. Fewest voxels per second, and the best score for the time, since they are least alike.
 - slabs, dense: every voxel of the window.
 

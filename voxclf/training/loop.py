@@ -33,7 +33,7 @@ from voxclf.models.dense_tuning import keep_freed_memory
 from voxclf.models.devices import check_gpu, sees
 from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
-from voxclf.training.cpu_bfloat16 import Float32WeightGradients
+from voxclf.training.cpu_bfloat16 import SafeConvolutionGradients
 from voxclf.training.step_batches import ReadBatches, StepBatches
 from voxclf.training.step_progress import StepProgress
 from voxclf.training.training_plan import ROUND_STEPS, Plan, step_size_factor
@@ -114,7 +114,7 @@ class Task(pl.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients; some in bfloat16 on a CPU would be wrong."""
         is_doubtful = self.options.precision == "bf16" and loss.device.type == "cpu"
-        with Float32WeightGradients() if is_doubtful else contextlib.nullcontext():
+        with SafeConvolutionGradients() if is_doubtful else contextlib.nullcontext():
             loss.backward(*args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
