@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from voxclf.labels import LabelSet, load_label_set, parse_classes
 from voxclf.models.checkpoint import load_model, save_model
 from voxclf.models.crf_parameters import FILE as CRF_FILE
 from voxclf.models.model import Model
-from voxclf.models.registry import NETWORKS, check_model_name
+from voxclf.models.registry import NETWORKS, NetworkInfo, check_model_name
 from voxclf.progress import Progress, last, silent
 from voxclf.sampling import LabelSurvey, survey_labels
 from voxclf.training.cross_validation import CrossValidation
@@ -151,23 +151,51 @@ def check_options(options: FitOptions) -> None:
             "calibrated: leave one out, or tune on other labels afterwards (voxclf crf-tune --model)"
         )
     is_network = options.model in NETWORKS
-    if is_network and options.final_patch is not None and NETWORKS[options.model].kind != "segmenter":
-        raise ValueError(
-            f"--final-patch was {','.join(map(str, options.final_patch))}, but {options.model} classifies patches of "
-            "one size; leave it out, or take a segmenter such as unet3d"
-        )
     foreign = TREE_OPTIONS if is_network else NETWORK_OPTIONS
     if is_network and options.input_bank is None:
         foreign = (*foreign, "sigmas", "dimensions")
-    for name in foreign:
-        value = getattr(options, name)
-        if value != type(options).model_fields[name].default:
-            option = f"--{name.replace('_', '-')}"
-            hint = "; filters come with --input-bank" if is_network and name in BankOptions.model_fields else ""
-            raise ValueError(
-                f"{option} was {value}, but {options.model} is a {'network' if is_network else 'tree model'} and has "
-                f"no such option: leave it out (`voxclf fit --help` says which options are for which models{hint})"
-            )
+    for name in given_options(options, foreign):
+        hint = "; filters come with --input-bank" if is_network and name in BankOptions.model_fields else ""
+        raise ValueError(
+            f"{spell_option(options, name)}, but {options.model} is a {'network' if is_network else 'tree model'} and "
+            f"has no such option: leave it out (`voxclf fit --help` says which options are for which models{hint})"
+        )
+    if is_network:
+        check_window_options(options, NETWORKS[options.model])
+
+
+def check_window_options(options: FitOptions, info: NetworkInfo) -> None:
+    """Refuse options of windows that this network is not trained on.
+
+    Raises
+    ------
+    ValueError
+        Naming the option.
+    """
+    foreign: tuple[str, ...]
+    if info.kind == "segmenter":
+        foreign, because = ("sampling", "spacing"), "is trained on crops, whose voxels all count"
+    elif not info.is_exact:
+        foreign, because = ("sampling", "spacing", "window", "final_patch"), "pads, so it is trained on single patches"
+    elif options.sampling == "patches":
+        foreign, because = ("spacing", "window", "final_patch"), "is trained on single patches of one size"
+    else:
+        foreign, because = ("final_patch",), "classifies patches of one size"
+    for name in given_options(options, foreign):
+        advice = "; take a segmenter such as unet3d" if name == "final_patch" else ""
+        raise ValueError(f"{spell_option(options, name)}, but {options.model} {because}; leave it out{advice}")
+
+
+def given_options(options: FitOptions, names: Iterable[str]) -> Iterator[str]:
+    """Those of ``names`` whose values are not their defaults."""
+    return (name for name in names if getattr(options, name) != type(options).model_fields[name].default)
+
+
+def spell_option(options: FitOptions, name: str) -> str:
+    """As in "--final-patch was 16,16,16"."""
+    value = getattr(options, name)
+    spelt = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{name.replace('_', '-')} was {spelt}"
 
 
 def load_if_fitted(folder: Path, volume: Volume, labels: Volume, options: FitOptions) -> FitResult | None:

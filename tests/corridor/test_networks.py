@@ -140,6 +140,9 @@ def test_a_padded_network_needs_to_be_told_how(project, tmp_path, capsys):
         (["--model", "random_forest", "--precision", "bf16"], "fitted on the CPU"),
         (["--model", "4conv", "--encoder", "resnet34"], "--encoder was resnet34, but 4conv has no such option"),
         (["--model", "4conv", "--final-patch", "16"], "--final-patch was 16,16,16, but 4conv classifies patches"),
+        (["--model", "4conv", "--sampling", "patches", "--window", "9"], "--window was 9, but 4conv is trained on"),
+        (["--model", "4res", "--spacing", "2"], "--spacing was 2, but 4res pads, so it is trained on single patches"),
+        (["--model", "unet3d", "--sampling", "patches"], "--sampling was patches, but unet3d is trained on crops"),
         (["--model", "4conv", "--patch", "0"], "--patch was 0.0: input should be greater than 0"),
     ],
 )
