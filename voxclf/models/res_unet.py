@@ -8,8 +8,9 @@ has one decoder with both outputs, ``h`` one decoder for each. The block is a pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,28 @@ CHANNELS = (28, 36, 48, 64, 80)
 BlockName = Literal["acb", "res", "se", "eca"]
 ATTENTION_WINDOW: Zyx = (32, 256, 256)
 """Voxels over which attention averages: the crops that the published network was trained on."""
+
+
+class View(NamedTuple):
+    """Over what attention averages at one level of the network.
+
+    Parameters
+    ----------
+    cell : (z, y, x)
+        Voxels of the level that are averaged first.
+    window : (z, y, x)
+        Cells around each cell whose mean counts.
+    """
+
+    cell: Zyx
+    window: Zyx
+
+    @classmethod
+    def at_level(cls, level: int, n_levels: int, stride: Zyx) -> View:
+        """Cells are those of the coarsest level, so they lie in the same places however a volume is cut."""
+        cell = _zyx(s ** (n_levels - level) for s in stride)
+        window = _zyx(max(1, w // s**n_levels) for w, s in zip(ATTENTION_WINDOW, stride, strict=True))
+        return cls(cell, window)
 
 
 class ResUNet(Segmenter):
@@ -65,13 +88,13 @@ class ResUNet(Segmenter):
         self.stride = stride
         flat = flat_triple(voxel_size_nm, 3)
         self.embedding = ConvNormAct(in_channels, channels[0], flat_triple(voxel_size_nm, 5), activation=nn.ELU)
-        windows = [_divide(ATTENTION_WINDOW, stride, level) for level in range(len(channels))]
+        views = [View.at_level(level, len(channels) - 1, stride) for level in range(len(channels))]
         self.downs = nn.ModuleList(
             ConvNormAct(n_in, n_out, flat, stride, activation=nn.ELU) for n_in, n_out in pairwise(channels)
         )
-        self.encoder = nn.ModuleList(BLOCKS[block](n, flat, w) for n, w in zip(channels, windows, strict=True))
+        self.encoder = nn.ModuleList(BLOCKS[block](n, flat, view) for n, view in zip(channels, views, strict=True))
         outputs = (n_classes, 1) if name == "res_unet_h" else (n_classes + 1,)
-        self.decoders = nn.ModuleList(Decoder(channels, stride, flat, block, windows, n_out) for n_out in outputs)
+        self.decoders = nn.ModuleList(Decoder(channels, stride, flat, block, views, n_out) for n_out in outputs)
 
     def segment(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Segmenter`."""
@@ -93,13 +116,13 @@ class Decoder(nn.Module):
         stride: Zyx,
         flat: Zyx,
         block: BlockName,
-        windows: list[Zyx],
+        views: list[View],
         n_out: int,
     ) -> None:
         super().__init__()
         self.stride = stride
         self.narrow = nn.ModuleList(ConvNormAct(b, a, UNIT, activation=nn.ELU) for a, b in pairwise(channels))
-        self.blocks = nn.ModuleList(BLOCKS[block](n, flat, w) for n, w in zip(channels[:-1], windows[:-1], strict=True))
+        self.blocks = nn.ModuleList(BLOCKS[block](n, flat, v) for n, v in zip(channels[:-1], views[:-1], strict=True))
         self.head = nn.Conv3d(channels[0], n_out, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -115,10 +138,10 @@ class Decoder(nn.Module):
 class AnisotropicBlock(nn.Module):
     """ACB: a flat convolution (1×3×3), then two 3³ convolutions with a skip across those two."""
 
-    def __init__(self, n: int, flat: Zyx, window: Zyx) -> None:
+    def __init__(self, n: int, flat: Zyx, view: View) -> None:
         super().__init__()
         self.flat = ConvNormAct(n, n, flat, activation=nn.ELU)
-        self.residual = ResidualBlock(n, flat, window)
+        self.residual = ResidualBlock(n, flat, view)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, …) to the same shape."""
@@ -128,16 +151,16 @@ class AnisotropicBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3³ convolutions with a skip across; what attention does to them is defined by subclasses."""
 
-    def __init__(self, n: int, flat: Zyx, window: Zyx) -> None:
+    def __init__(self, n: int, flat: Zyx, view: View) -> None:
         super().__init__()
         self.body = nn.Sequential(
             ConvNormAct(n, n, activation=nn.ELU),
             nn.Conv3d(n, n, 3, padding=1, bias=False),
             nn.BatchNorm3d(n),
         )
-        self.attention = self.build_attention(n, window)
+        self.attention = self.build_attention(n, view)
 
-    def build_attention(self, n: int, window: Zyx) -> nn.Module:
+    def build_attention(self, n: int, view: View) -> nn.Module:
         """Factors on channels."""
         return nn.Identity()
 
@@ -149,19 +172,19 @@ class ResidualBlock(nn.Module):
 class SqueezeExcitationBlock(ResidualBlock):
     """Residual block whose channels are weighted by two linear layers of their means (Hu et al., CVPR 2018)."""
 
-    def build_attention(self, n: int, window: Zyx) -> nn.Module:
+    def build_attention(self, n: int, view: View) -> nn.Module:
         """See :class:`ResidualBlock`."""
         hidden = max(2, n // 4)
         weigh = nn.Sequential(nn.Conv3d(n, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, n, 1), nn.Sigmoid())
-        return ChannelAttention(weigh, window)
+        return ChannelAttention(weigh, view)
 
 
 class EfficientAttentionBlock(ResidualBlock):
     """Residual block whose channels are weighted by a convolution across their means (ECA, Wang et al., CVPR 2020)."""
 
-    def build_attention(self, n: int, window: Zyx) -> nn.Module:
+    def build_attention(self, n: int, view: View) -> nn.Module:
         """See :class:`ResidualBlock`."""
-        return ChannelAttention(AcrossChannels(3), window)
+        return ChannelAttention(AcrossChannels(3), view)
 
 
 class AcrossChannels(nn.Module):
@@ -184,17 +207,22 @@ class ChannelAttention(nn.Module):
     blocks, so in evaluation mode the mean is local, over a window of the size of a training crop: Chu et al.,
     "Improving image restoration by revisiting global information aggregation", ECCV 2022. For crops of up to half
     the window the two are the same.
+
+    Local means hardly change from voxel to voxel. They are taken between cells as large as the network's strides, and
+    the factors interpolated.
     """
 
-    def __init__(self, weigh: nn.Module, window: Zyx) -> None:
+    def __init__(self, weigh: nn.Module, view: View) -> None:
         super().__init__()
         self.weigh = weigh
-        self.window = window
+        self.view = view
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n, …) to the same shape."""
-        means = x.mean(dim=(2, 3, 4), keepdim=True) if self.training else local_mean(x, self.window)
-        return x * self.weigh(means)
+        """(B, n, …) to the same shape; in evaluation mode sizes must be multiples of the cell's."""
+        if self.training:
+            return x * self.weigh(x.mean(dim=(2, 3, 4), keepdim=True))
+        cells = functional.avg_pool3d(x, self.view.cell)
+        return x * upsample(self.weigh(local_mean(cells, self.view.window)), self.view.cell)
 
 
 def local_mean(x: Tensor, window: Zyx) -> Tensor:
@@ -234,6 +262,6 @@ def flat_triple(voxel_size_nm: VoxelSize, value: int) -> Zyx:
     return z, y, x
 
 
-def _divide(window: Zyx, stride: Zyx, level: int) -> Zyx:
-    z, y, x = (max(1, w // s**level) for w, s in zip(window, stride, strict=True))
+def _zyx(values: Iterable[int]) -> Zyx:
+    z, y, x = values
     return z, y, x

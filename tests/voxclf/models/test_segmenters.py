@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from voxclf.errors import ModelError
 from voxclf.models.registry import NETWORKS, build
-from voxclf.models.res_unet import BLOCKS, ChannelAttention, flat_triple, local_mean
+from voxclf.models.res_unet import BLOCKS, ChannelAttention, View, flat_triple, local_mean
 from voxclf.models.segmenter import count_parameters, plan_strides
 from voxclf.training.losses import build_loss
 from voxclf.training.training_state import TrainingState, load_state
@@ -206,9 +206,21 @@ def test_local_means_match_a_loop(window):
 
 
 def test_attention_of_small_crops_is_the_paper_s():
-    attention = ChannelAttention(torch.nn.Sigmoid(), (16, 16, 16))
     x = torch.randn(2, 3, 8, 8, 8)
-    torch.testing.assert_close(attention.eval()(x), attention.train()(x))
+    for view in (View((1, 1, 1), (16, 16, 16)), View((2, 4, 4), (8, 4, 4))):
+        attention = ChannelAttention(torch.nn.Sigmoid(), view)
+        torch.testing.assert_close(attention.eval()(x), attention.train()(x))
+
+
+def test_attention_follows_the_place():
+    """Far from a change of brightness, means in cells are those of voxels; in between, factors pass smoothly."""
+    x = torch.ones(1, 1, 2, 64, 64)
+    x[..., 32:] = 3.0
+    factors = ChannelAttention(torch.nn.Identity(), View((1, 4, 4), (2, 4, 4))).eval()(x) / x
+    expected = ChannelAttention(torch.nn.Identity(), View((1, 1, 1), (2, 16, 16))).eval()(x) / x
+    assert (factors - expected).abs().max() < 0.25
+    torch.testing.assert_close(factors[..., :20], expected[..., :20])
+    assert factors.diff(dim=-1).min() >= 0
 
 
 @pytest.mark.parametrize(
