@@ -54,11 +54,11 @@ COLUMNS = (
     "memory MB",
 )
 FORESTS, CRF = "random_forest,random_forest+autocontext", "random_forest+crf"
-WIDTH = ":width=0.5"
+WIDTH = ":width=0.25"
 """What two cores can train in minutes; ``--full-width`` leaves it out."""
 NETWORKS = (
-    f"4conv,unet3d{WIDTH},unet2d:encoder=plain{WIDTH},res_unet_r,res_unet_h,dynunet{WIDTH},denseunet569{WIDTH},"
-    f"swin_unetr{WIDTH}"
+    f"4conv,unet3d{WIDTH},unet2d:encoder=plain{WIDTH},res_unet_r{WIDTH},res_unet_h{WIDTH},dynunet{WIDTH},"
+    f"denseunet569{WIDTH},swin_unetr{WIDTH}"
 )
 KEPT = ("classes", "contestants", "against_best", "stage_gains", "failures")
 ENCODERS = ("plain", "resnet34", "resnest14d", "resnest50d", "resnet101", "resnest200e", "vgg16", "vgg19")
@@ -115,7 +115,7 @@ STUDIES = {
     "blocks": Study(
         "Blocks of res_unet_r on cdeep3m_mito",
         prepare_cdeep3m,
-        ",".join(f"res_unet_r:block={name}" for name in ("acb", "res", "se", "eca")),
+        ",".join(f"res_unet_r{WIDTH}:block={name}" for name in ("acb", "res", "se", "eca")),
     ),
     "sparse": Study("flyem: three orthogonal slices", locate_flyem, f"random_forest,4conv,unet3d{WIDTH}"),
     "dense": Study("flyem: all 120 slices", locate_flyem_all, f"random_forest,4conv,unet3d{WIDTH}"),
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to keep the comparisons in")
     parser.add_argument("--studies", default=",".join(STUDIES), help="some of " + ", ".join(STUDIES))
     parser.add_argument("--models", help="only these contestants; more can be added by another call")
-    parser.add_argument("--full-width", action="store_true", help="networks as published, not half as wide")
+    parser.add_argument("--full-width", action="store_true", help="networks as published, not a quarter as wide")
     parser.add_argument("--time", default="4m", help="training time of a network")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -16,7 +16,7 @@ from tests.corridor.conftest import SHAPE, run
 from voxclf.models.checkpoint import load_model, model_fingerprint
 from voxclf.volume import create_volume
 
-TINY = ["--model", "4conv", "--patch", "8,12,12", "--width", "0.25", "--steps", "24", "--workers", "1"]
+TINY = ["--model", "4conv", "--patch", "8,12,12", "--width", "0.25", "--steps", "40", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ Balance = Literal["sqrt", "equal", "labelled"]
 Storage = Literal["none", "uint8", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["32", "bf16"]
+Schedule = Literal["constant", "cosine", "one_cycle"]
 LossName = Literal["ce", "focal", "bce", "weighted_bce", "dice", "dice_squared", "dice_bce", "boundary_dou"]
 
 
@@ -138,13 +139,15 @@ class NetworkFitOptions(ComputeOptions):
     loss: LossName = Field("ce", description="what is minimised: ce is cross entropy")
     gamma: float = Field(2.0, ge=0, description="focus of --loss focal on voxels that are still wrong; 0 is ce")
     class_weights: Balance = Field(
-        "labelled", description="weight of the classes in the loss: as labelled, by the root of frequency, or equal"
+        "sqrt", description="weight of the classes in the loss: by the root of their frequency, equal, or as labelled"
     )
     learning_rate: float = Field(1e-3, gt=0, description="largest step size of the optimiser")
     weight_decay: float = Field(5e-4, ge=0, description="pull of the weights towards zero")
     optimizer: Literal["adam", "adamw", "sgd", "adagrad"] = Field("adam", description="how gradients become steps")
-    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
-        "constant", description="step size over the training time: constant, falling, or rising and falling"
+    schedule: Schedule | None = Field(
+        None,
+        description="step size over the training time: constant, falling, or rising and falling; default: one_cycle "
+        "with --time or --steps, constant without an end",
     )
     monitor: Literal["macro_f1", "loss"] = Field(
         "macro_f1", description="what on the held-out labels decides which network is best and when training ends"
@@ -171,14 +174,21 @@ class NetworkFitOptions(ComputeOptions):
     patience: int | None = Field(
         None,
         ge=1,
-        description="rounds without a better --monitor after which training ends; default: 10 with a constant step "
-        "size, no limit with one that falls, since the best comes at its end",
+        description="rounds without a better --monitor after which training ends; default: 10 with a constant "
+        "--schedule, no limit with one that falls, since the best comes at its end",
     )
     augment: Literal["none", "flips", "patch", "B", "C", "D"] = Field(
         "patch", description="random changes of what is trained on; patch: flips, quarter turns and intensity"
     )
     devices: int = Field(1, ge=1, description="GPUs to train on at once")
     strategy: str = Field("auto", description="how several GPUs share training, as Lightning names it, e.g. ddp")
+
+    @property
+    def chosen_schedule(self) -> Schedule:
+        """The schedule, or the default one: a step size that falls needs an end to fall to."""
+        if self.schedule is not None:
+            return self.schedule
+        return "constant" if self.time is None and self.steps is None else "one_cycle"
 
 
 class FitOptions(LabelValues, BankOptions, NetworkFitOptions):

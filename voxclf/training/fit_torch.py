@@ -54,8 +54,10 @@ from voxclf.volume import Volume
 IMAGE_MEMORY = 2**30
 """Bytes of image kept around the labels; more labels than fit are read again."""
 LABEL_MEMORY = 2**27
-CROP_SIDE, FLAT_CROP_SIDE = 64, 128
-"""Side of a segmenter's training crop, in 3D and of a single section."""
+CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
+"""Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
+THICK = 2.0
+"""Sections are thick if their voxels are so many times as long as wide. Labels of one fill a flat crop better."""
 SLAB_POINTS = 12
 """Voxels that count along a side of a training slab. More are cheaper each, but at equal time many small steps score
 better, down to about four windows a step."""
@@ -248,14 +250,19 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     network : Segmenter
         A network of sections has ``section_axes``; if it cuts along one axis only, its crops are single sections.
     side : int, optional
-        Along the finest axis, voxels; the same length in nm along the others. By default one that trains on two cores.
+        Along the finest axis, voxels; the same length in nm along the others. By default one that trains on two cores,
+        twice as wide as thick where sections are thick.
     voxel_size_nm : (z, y, x)
     """
     sections = getattr(network, "section_axes", (0, 1, 2))
     is_flat = len(sections) == 1
+    across = window_side(side or CROP_SIDE, voxel_size_nm)
+    finest = min(voxel_size_nm)
+    is_thick = max(voxel_size_nm) >= THICK * finest
+    within = side or (FLAT_CROP_SIDE if is_flat else SECTION_SIDE if is_thick else CROP_SIDE)
     shape = []
-    for axis, n in enumerate(window_side(side or (FLAT_CROP_SIDE if is_flat else CROP_SIDE), voxel_size_nm)):
-        alignment = network.alignment[axis]
+    for axis, alignment in enumerate(network.alignment):
+        n = across[axis] if voxel_size_nm[axis] >= THICK * finest else window_side(within, voxel_size_nm)[axis]
         # Batch norm at the coarsest level needs more than one voxel.
         shape.append(1 if is_flat and axis in sections else max(round_up(n, alignment), 2 * alignment))
     z, y, x = shape

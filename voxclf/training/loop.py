@@ -175,7 +175,7 @@ class _Book(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         """Set the step size."""
         options = self.plan.options
-        factor = step_size_factor(options.schedule, self.plan.part_done(self.seconds))
+        factor = step_size_factor(options.chosen_schedule, self.plan.part_done(self.seconds))
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = options.learning_rate * factor
 

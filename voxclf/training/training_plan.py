@@ -61,7 +61,7 @@ class Plan:
         """Rounds without a better network after which training ends."""
         if self.options.patience is not None:
             return self.options.patience
-        return DEFAULT_PATIENCE if self.options.schedule == "constant" else math.inf
+        return DEFAULT_PATIENCE if self.options.chosen_schedule == "constant" else math.inf
 
     @property
     def is_tired(self) -> bool:

@@ -23,7 +23,7 @@ from voxclf.models.patch_cnn import PatchNetwork, Shape
 from voxclf.models.registry import NETWORKS, NetworkInfo, build
 from voxclf.progress import last, silent
 from voxclf.sampling import survey_labels
-from voxclf.training.fit_torch import Classification, plan_windows, train_network
+from voxclf.training.fit_torch import Classification, crop_shape, plan_windows, train_network
 from voxclf.training.held_out import HeldOut
 from voxclf.training.training_plan import Plan, step_size_factor
 from voxclf.training.training_state import STATE_FILE, TrainingState, load_state
@@ -404,7 +404,32 @@ def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "patience"), [({}, 10), ({"schedule": "one_cycle"}, math.inf), ({"schedule": "cosine", "patience": 3}, 3)]
+    ("name", "options", "voxel_size_nm", "side", "crop"),
+    [
+        ("unet3d", {}, (10, 10, 10), None, (64, 64, 64)),
+        ("unet3d", {}, (50, 5, 5), None, (6, 128, 128)),  # 64 voxels of 5 nm are 6.4 of 50 nm
+        ("unet3d", {}, (50, 5, 5), 80, (8, 80, 80)),
+        ("unet2d", {"encoder": "plain"}, (50, 5, 5), None, (1, 256, 256)),
+        ("unet2d", {"encoder": "plain"}, (10, 10, 10), None, (1, 256, 256)),
+        ("unet2d", {"encoder": "plain", "three_axes": True}, (10, 10, 10), None, (64, 64, 64)),
+    ],
+)
+def test_crops_suit_the_voxels(name, options, voxel_size_nm, side, crop):
+    network = build(name, 2, voxel_size_nm=voxel_size_nm, width=0.1, **options)
+    assert crop_shape(network, side, voxel_size_nm) == crop
+
+
+@pytest.mark.parametrize(
+    ("given", "patience"),
+    [
+        ({}, 10),
+        ({"epochs": 50}, 10),
+        ({"time": 60}, math.inf),
+        ({"steps": 100}, math.inf),
+        ({"steps": 100, "schedule": "constant"}, 10),
+        ({"schedule": "one_cycle"}, math.inf),
+        ({"schedule": "cosine", "patience": 3}, 3),
+    ],
 )
 def test_falling_steps_are_taken_to_their_end(given, patience):
     options = FitConfig(volume="v", labels="l", output="o", model="4conv", **given)
