@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -34,7 +35,8 @@ class CostMeter:
     """Watches a ``with`` block; :attr:`cost` is known when it is left.
 
     Memory is the resident memory of this process and its children, sampled from a thread of its own. Libraries that
-    are loaded for the first time within the block count; what an earlier block has loaded does not.
+    are loaded for the first time within the block count; what an earlier block has loaded does not. What an earlier
+    block has freed is given back to the system first, or this one could use it again uncounted.
     """
 
     cost: Cost
@@ -42,6 +44,7 @@ class CostMeter:
     def __enter__(self) -> Self:
         import psutil
 
+        give_back_freed_memory()
         self._process = psutil.Process()
         self._before = self._peak = self._resident()
         self._is_over = threading.Event()
@@ -77,6 +80,16 @@ class CostMeter:
             except psutil.NoSuchProcess:  # it ended meanwhile
                 continue
         return total
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what this process has freed; training makes it keep that. Linux with glibc only."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library, such as musl
+        return
 
 
 def _used_cuda() -> Any:

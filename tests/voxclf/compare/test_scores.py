@@ -136,17 +136,22 @@ def test_costs_add_up_in_time_and_take_the_larger_memory():
 METER = """
 import numpy as np
 from voxclf.compare.cost import CostMeter
+{before}
 with CostMeter() as meter:
     array = np.ones(30_000_000)
     array += array[::-1]
     del array
 print(meter.cost.peak_bytes, meter.cost.seconds)
 """
+TRAINING = "from voxclf.models.dense_tuning import keep_freed_memory; keep_freed_memory(); np.ones(50_000_000)"
 
 
-def test_the_meter_sees_an_array_that_is_gone_again():
+@pytest.mark.parametrize("before", ["", TRAINING])
+def test_the_meter_sees_an_array_that_is_gone_again(before):
+    """Also where its memory is what a training before has freed and kept."""
     # In a process of its own: memory that others have freed may be used again, and then nothing grows.
-    answer = subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True).stdout
+    code = METER.format(before=before)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     peak_bytes, seconds = map(float, answer.split())
     assert 200e6 < peak_bytes < 2e9
     assert seconds > 0
