@@ -77,6 +77,7 @@ def fit_network(job: FitJob) -> Fitted:
             honest_macro_f1_by_round=[scores.honest.scores.macro_f1],
             split=trained.split,
             seconds=round(trained.seconds, 3),
+            n_steps=int(trained.history[-1]["step"]) if trained.history else 0,
             best_epoch=trained.best_epoch,
             **_measure_reach(job, trained.network, inputs),
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ def format_certificate(certificate: dict[str, Any]) -> str:
     )
 
 
+FEW_STEPS = 500
+"""On vnc, UNets of 3 minutes came to macro F1 .43 to .54 in 100 to 400 steps and to .55 to .77 in 600 to 900."""
+
+
 def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, Any]]:
     """The honest score and the naive one beside it."""
     scores = result.cross_validation
@@ -60,8 +64,25 @@ def describe_cross_validation(result: FitResult) -> tuple[list[str], dict[str, A
     rounds = result.model.training["honest_macro_f1_by_round"]
     if len(rounds) > 1:
         lines.append(f"{'':<12} honest macro F1 by round: {', '.join(f'{value:.3f}' for value in rounds)}")
+    lines += _describe_steps(result.model.training)
     values = {"honest": score_values(scores.honest), "naive": score_values(scores.naive)}
     return lines, {**values, "honest_macro_f1_by_round": rounds}
+
+
+def _describe_steps(training: Mapping[str, Any]) -> list[str]:
+    """How long a network was trained, and what to do if that was too short."""
+    n_steps = training.get("n_steps")
+    if n_steps is None:
+        return []
+    lines = [
+        f"{'trained':<12} {n_steps:,} steps in {training['seconds']:.0f} s, best after round {training['best_epoch']}"
+    ]
+    if n_steps < FEW_STEPS:
+        lines.append(
+            f"{'':<12} that is few: networks want {FEW_STEPS} steps or more to learn rare classes. A narrower network "
+            "(--width 0.25), a smaller --patch or a GPU make steps quicker; more --time makes them more"
+        )
+    return lines
 
 
 def score_evaluation(result: Evaluation, note: str = "given as --validation or to evaluate") -> ScoredLabels:

@@ -120,6 +120,9 @@ def test_a_padded_network_needs_to_be_told_how(project, tmp_path, capsys):
     fails(capsys, 2, "4res pads, so it cannot be evaluated exactly at every voxel. Use --output-stride 4",
           project, "run", "image.tif", "labels.tif", "-o", tmp_path / "OUT", *tiny)  # fmt: skip
     assert run(project, "fit", "image.tif", "labels.tif", "-o", tmp_path / "m", *tiny) == 0
+    out = capsys.readouterr().out
+    assert "steps in" in out
+    assert "that is few: networks want 500 steps or more" in out
     fails(capsys, 2, "backbone.0.0: pads with (1, 1, 1)",
           project, "predict", tmp_path / "m", "image.tif", "-o", tmp_path / "p")  # fmt: skip
     for name, option in {"coarse": ["--output-stride", "4"], "real": ["--real-context"]}.items():
