@@ -25,8 +25,9 @@ SEAM_TOLERANCE = 0.01
 LARGEST_MARGIN = 256
 """Voxels. A network that looks further is cut off here, and what that costs is told."""
 N_WINDOWS = 2
-ACROSS = 32
-"""Extent of a window across the axis that is measured, at least; two alignments if those are more."""
+ACROSS, MOST_ACROSS = 32, 64
+"""Extent of a window across the axis that is measured, at least; two alignments if those are more, but not above the
+second."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _measure_axis(
     """
     step = round_up(4, network.alignment[axis])
     core = round_up(8, network.alignment[axis])
-    longest = 4 * step
+    longest = min(4 * step, LARGEST_MARGIN // 2)
     while True:
         windows = _draw_windows(network, sample, axis, core + 4 * longest, rng).to(device)
         reference = _probabilities_in_the_middle(network, windows, axis, core)
@@ -161,7 +162,8 @@ def _draw_windows(
     network: Segmenter, sample: np.ndarray, axis: int, length: int, rng: np.random.Generator
 ) -> torch.Tensor:
     """Long windows (B, C, …) anywhere in the sample, mirrored beyond its edges as blocks are beyond the volume's."""
-    shape = [length if a == axis else max(round_up(ACROSS, n), 2 * n) for a, n in enumerate(network.alignment)]
+    across = (max(round_up(ACROSS, n), min(2 * n, MOST_ACROSS)) for n in network.alignment)
+    shape = [length if a == axis else n for a, n in enumerate(across)]
     windows = []
     for _ in range(N_WINDOWS):
         window = sample

@@ -166,8 +166,11 @@ class SegmenterStep:
 
     def tile_bytes(self, tile: Zyx) -> int:
         """Memory of the tiles that are computed at a time: their channels and the network's activations."""
+        return self._batch * self._one_tile_bytes(tile)
+
+    def _one_tile_bytes(self, tile: Zyx) -> int:
         size = add(tile, add(self.margin, self.margin))
-        return self._batch * (self._voxel_bytes * math.prod(size) + self.inputs.working_bytes(size))
+        return self._voxel_bytes * math.prod(size) + self.inputs.working_bytes(size)
 
     @cached_property
     def _voxel_bytes(self) -> int:
@@ -210,9 +213,11 @@ class SegmenterStep:
         assert isinstance(total, torch.Tensor)
         return (total / len(self.flips)).cpu().numpy()
 
-    @property
+    @cached_property
     def _batch(self) -> int:
-        return CPU_BATCH if self.device == "cpu" else 1
+        """Tiles computed at a time."""
+        has_room = CPU_BATCH * self._one_tile_bytes(self.smallest_tile) <= self.tile_budget
+        return CPU_BATCH if self.device == "cpu" and has_room else 1
 
     def _align(self, shape: Zyx) -> Zyx:
         z, y, x = (round_up(n, a) for n, a in zip(shape, self.alignment, strict=True))
