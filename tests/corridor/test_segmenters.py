@@ -38,7 +38,7 @@ def test_fit_and_predict(project, tmp_path, capsys, name):
     fit = ["fit", "image.tif", "labels.tif", "-o", tmp_path / "model", "--model", name, *OPTIONS[name], *TINY]
     assert run(project, *fit) == 0
     assert "4 steps in" in capsys.readouterr().out
-    predict = ["predict", tmp_path / "model", "image.tif", "--no-pyramid", "--memory", "4GB", "--workers", "1"]
+    predict = ["predict", tmp_path / "model", "image.tif", "--no-pyramid", "--memory", "9GB", "--workers", "1"]
     assert run(project, *predict, "-o", tmp_path / "whole") == 0
     assert run(project, *predict, "-o", tmp_path / "part", "--region", "8:16,10:30,0:50") == 0
     whole, part = (read(tmp_path / out / "probabilities.zarr").astype(float) for out in ("whole", "part"))

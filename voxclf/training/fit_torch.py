@@ -243,7 +243,7 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
 
 
 def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
-    """Shape of a segmenter's training crops, a multiple of its strides.
+    """Shape of a segmenter's training crops, a multiple of its divisor.
 
     Parameters
     ----------
@@ -261,10 +261,10 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     is_thick = max(voxel_size_nm) >= THICK * finest
     within = side or (FLAT_CROP_SIDE if is_flat else SECTION_SIDE if is_thick else CROP_SIDE)
     shape = []
-    for axis, alignment in enumerate(network.alignment):
+    for axis, divisor in enumerate(network.divisor):
         n = across[axis] if voxel_size_nm[axis] >= THICK * finest else window_side(within, voxel_size_nm)[axis]
         # Batch norm at the coarsest level needs more than one voxel.
-        shape.append(1 if is_flat and axis in sections else max(round_up(n, alignment), 2 * alignment))
+        shape.append(1 if is_flat and axis in sections else max(round_up(n, divisor), 2 * divisor))
     z, y, x = shape
     return z, y, x
 

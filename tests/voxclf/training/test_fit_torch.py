@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def tiny_network(patch=(6, 6, 6), n_classes=2, seed=0):
     return PatchNetwork("tiny", patch, 1, n_classes, backbone, Shape(8, (1, 1, 1)))
 
 
+needs_einops = pytest.mark.skipif(find_spec("einops") is None, reason="einops is not installed (swin_unetr)")
 TINY = NetworkInfo("tiny", "", "", "patch", True, 6)
 
 
@@ -213,7 +215,7 @@ def test_a_network_without_exact_slabs_learns_from_patches(job, tmp_path):
 class TwoHeads(nn.Module):
     """A segmenter that hands over a boundary output while training."""
 
-    alignment = (1, 1, 1)
+    alignment = divisor = (1, 1, 1)
 
     def __init__(self):
         super().__init__()
@@ -409,13 +411,16 @@ def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
         ("unet3d", {}, (10, 10, 10), None, (64, 64, 64)),
         ("unet3d", {}, (50, 5, 5), None, (6, 128, 128)),  # 64 voxels of 5 nm are 6.4 of 50 nm
         ("unet3d", {}, (50, 5, 5), 80, (8, 80, 80)),
+        pytest.param("swin_unetr", {}, (10, 10, 10), None, (64, 64, 64), marks=needs_einops),
         ("unet2d", {"encoder": "plain"}, (50, 5, 5), None, (1, 256, 256)),
         ("unet2d", {"encoder": "plain"}, (10, 10, 10), None, (1, 256, 256)),
         ("unet2d", {"encoder": "plain", "three_axes": True}, (10, 10, 10), None, (64, 64, 64)),
     ],
 )
 def test_crops_suit_the_voxels(name, options, voxel_size_nm, side, crop):
-    network = build(name, 2, voxel_size_nm=voxel_size_nm, width=0.1, **options)
+    if "voxel_size_nm" in NETWORKS[name].defaults:
+        options = {**options, "voxel_size_nm": voxel_size_nm}
+    network = build(name, 2, width=0.1, **options)
     assert crop_shape(network, side, voxel_size_nm) == crop
 
 
