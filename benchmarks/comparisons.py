@@ -3,6 +3,7 @@
 Every study is one comparison: same labels, same held-out slab, same training time for each network, default settings.
 
 - vnc, cdeep3m_mito, isbi2012: which model, from the labels that are there (vnc: three slices).
+- vnc_longer: for another ``--time``, what the best UNet of vnc brings.
 - losses: Dice against Boundary DoU, for unet3d and denseunet569.
 - encoders: those of unet2d, from random weights.
 - blocks: the four of res_unet_r.
@@ -100,6 +101,7 @@ STUDIES = {
         "cdeep3m_mito: mitochondria, twelve labelled slices", prepare_cdeep3m, f"{FORESTS},{CRF},{NETWORKS}"
     ),
     "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi, f"{FORESTS},{NETWORKS}"),
+    "vnc_longer": Study("vnc: what more time brings", locate_vnc, f"random_forest,unet2d:encoder=plain{WIDTH}"),
     "losses": Study(
         "Losses on cdeep3m_mito",
         prepare_cdeep3m,
