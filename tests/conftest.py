@@ -1,6 +1,7 @@
 """What tests share: a small EM-like volume, labels on three slices of it, and where the real data are."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from voxclf.volume import create_volume, open_volume
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 VOXEL_SIZE_NM = (20.0, 10.0, 10.0)
+needs_einops = pytest.mark.skipif(find_spec("einops") is None, reason="einops is not installed (swin_unetr)")
 
 
 def find_data() -> Path:

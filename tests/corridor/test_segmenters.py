@@ -1,12 +1,11 @@
 """Every segmenter through the command line: fit from sparse labels, predict a volume, predict it again in blocks."""
 
 import os
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from tests.conftest import read
+from tests.conftest import needs_einops, read
 from tests.corridor.conftest import SHAPE, run
 from voxclf.models.registry import NETWORKS
 
@@ -20,7 +19,6 @@ OPTIONS = {
     "swin_unetr": [],
 }
 TINY = ["--width", "0.1", "--patch", "16", "--batch", "2", "--steps", "4", "--workers", "1"]
-needs_einops = pytest.mark.skipif(find_spec("einops") is None, reason="einops is not installed (swin_unetr)")
 needs_minutes = pytest.mark.skipif(
     "VOXCLF_PUBLISHED_SIZES" not in os.environ, reason="swin_unetr takes minutes: set VOXCLF_PUBLISHED_SIZES=1"
 )

@@ -256,13 +256,12 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     """
     sections = getattr(network, "section_axes", (0, 1, 2))
     is_flat = len(sections) == 1
-    across = window_side(side or CROP_SIDE, voxel_size_nm)
-    finest = min(voxel_size_nm)
-    is_thick = max(voxel_size_nm) >= THICK * finest
-    within = side or (FLAT_CROP_SIDE if is_flat else SECTION_SIDE if is_thick else CROP_SIDE)
+    thick = [size >= THICK * min(voxel_size_nm) for size in voxel_size_nm]
+    widest = FLAT_CROP_SIDE if is_flat else SECTION_SIDE if any(thick) else CROP_SIDE
+    across, within = window_side(side or CROP_SIDE, voxel_size_nm), window_side(side or widest, voxel_size_nm)
     shape = []
     for axis, divisor in enumerate(network.divisor):
-        n = across[axis] if voxel_size_nm[axis] >= THICK * finest else window_side(within, voxel_size_nm)[axis]
+        n = across[axis] if thick[axis] else within[axis]
         # Batch norm at the coarsest level needs more than one voxel.
         shape.append(1 if is_flat and axis in sections else max(round_up(n, divisor), 2 * divisor))
     z, y, x = shape

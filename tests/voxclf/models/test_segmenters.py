@@ -2,7 +2,6 @@
 
 import os
 from copy import deepcopy
-from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from tests.conftest import needs_einops
 from voxclf.errors import ModelError
 from voxclf.models.registry import NETWORKS, build
 from voxclf.models.res_unet import BLOCKS, ChannelAttention, View, flat_triple, local_mean
@@ -29,7 +29,6 @@ SMALL = {
 }
 """Widths at which two cores learn a crop in seconds."""
 
-needs_einops = pytest.mark.skipif(find_spec("einops") is None, reason="einops is not installed (swin_unetr)")
 needs_published_size = pytest.mark.skipif(
     "VOXCLF_PUBLISHED_SIZES" not in os.environ,
     reason="published sizes and training swin_unetr take minutes and 4 GB: set VOXCLF_PUBLISHED_SIZES=1",

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import needs_einops
 from voxclf.config import FitConfig
 from voxclf.labels import LabelSet
 from voxclf.metrics.voxelwise import score_tables
@@ -56,7 +56,6 @@ def tiny_network(patch=(6, 6, 6), n_classes=2, seed=0):
     return PatchNetwork("tiny", patch, 1, n_classes, backbone, Shape(8, (1, 1, 1)))
 
 
-needs_einops = pytest.mark.skipif(find_spec("einops") is None, reason="einops is not installed (swin_unetr)")
 TINY = NetworkInfo("tiny", "", "", "patch", True, 6)
 
 
