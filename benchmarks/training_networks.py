@@ -35,6 +35,7 @@ from voxclf.config import FitConfig
 from voxclf.datasets import make_phantom
 from voxclf.labels import LabelSet
 from voxclf.models.dense_tuning import keep_freed_memory
+from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NETWORKS, build
 from voxclf.progress import last
@@ -42,7 +43,6 @@ from voxclf.sampling import survey_labels
 from voxclf.training.augment import build_augmentation
 from voxclf.training.fit_torch import Classification, plan_windows
 from voxclf.training.held_out import HeldOut
-from voxclf.training.loop import use_channels_last
 from voxclf.training.step_batches import as_tensors
 from voxclf.training.windows import LabelIndex, WindowReader, WindowSampler
 from voxclf.volume import create_volume, open_volume

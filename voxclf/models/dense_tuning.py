@@ -20,6 +20,7 @@ from torch.nn import functional
 from voxclf.models.dense_graph import Attribute, Operation, Zyx, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import Convolution
+from voxclf.models.memory_layout import use_channels_last
 
 CHANNELS_LAST = torch.channels_last_3d
 LARGEST_TRIAL = 48
@@ -59,9 +60,7 @@ class TunedDenseNetwork(DenseNetwork):
         owners = (a.owner for o in operations for a in o.arguments if isinstance(a, Attribute))
         layers = nn.ModuleList((*(o.target for o in operations if isinstance(o.target, nn.Module)), *owners))
         layers.to(device, dtype)
-        for parameter in layers.parameters():
-            if parameter.ndim == 5:
-                parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST)
+        use_channels_last(layers)
         super().__init__(layers, operations, patch, dense_axes, backend)
         self.device = device
         self.dtype = dtype

@@ -26,6 +26,7 @@ import torch
 from voxclf.geometry import Block, Region, Zyx, add, round_up, split_into_blocks
 from voxclf.metrics.calibration import CalibrationMap
 from voxclf.models.devices import EXACT, Inference, free_gpu_bytes
+from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import NO_FLIPS, TURN, Flips, activation_bytes, choose_flips
 from voxclf.models.segmenter import Segmenter
@@ -117,10 +118,7 @@ class SegmenterStep:
     def __post_init__(self) -> None:
         self.network.eval()
         if self.device == "cpu":
-            # Only the order of 3D kernels in memory changes; with two tiles at a time it halves the time.
-            for weight in self.network.parameters():
-                if weight.ndim == 5:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+            use_channels_last(self.network)  # with two tiles at a time it halves the time of 3D networks
 
     @property
     def alignment(self) -> Zyx:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from voxclf.config import NetworkFitOptions
 from voxclf.models.dense_tuning import keep_freed_memory
 from voxclf.models.devices import check_gpu, sees
+from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
 from voxclf.training.cpu_bfloat16 import SafeConvolutionGradients
@@ -309,14 +310,6 @@ def _fit(trainer: pl.Trainer, task: Task, book: _Book) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
-
-
-def use_channels_last(network: nn.Module) -> None:
-    """Lay out kernels with channels last: 15 to 30 % faster on CPUs, and max pools in 3D 20 times."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in network.parameters():
-        if parameter.dim() in layouts:
-            parameter.data = parameter.data.to(memory_format=layouts[parameter.dim()])
 
 
 def choose_accelerator(device: str) -> str:
