@@ -156,7 +156,7 @@ class _Book(pl.Callback):
         self.folder = folder
         self.shown = steps_shown
         self.started = time.perf_counter() - plan.state.seconds
-        self.validation_began = self.train_loss = 0.0
+        self.round_began = self.validation_began = self.train_loss = 0.0
         self.was_interrupted = False
 
     @property
@@ -170,8 +170,9 @@ class _Book(pl.Callback):
         assert resumed is None or resumed.step == self.plan.state.step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, task: Any) -> None:
-        """Dropout and the like draw the same numbers in a resumed run."""
+        """Start the clock of the round; dropout and the like draw the same numbers in a resumed run."""
         torch.manual_seed(self.plan.seed + 7919 * self.plan.state.epoch + 104729 * trainer.global_rank)
+        self.round_began = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: Any, batch: Any, batch_idx: int) -> None:
         """Set the step size."""
@@ -196,6 +197,7 @@ class _Book(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, task: Any) -> None:
         """Start the clock of the validation, unless there is nothing left to validate."""
         self.validation_began = time.perf_counter()
+        self.plan.step_s = (self.validation_began - self.round_began) / max(1, task.round_steps)
         self.train_loss = float(task.round_loss) / max(1, task.round_steps)
         if not math.isfinite(self.train_loss):
             raise ValueError(

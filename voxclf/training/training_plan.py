@@ -16,8 +16,8 @@ ROUNDS_IN_TIME = 20
 """Rounds that a time is divided into: quick steps are many in a round, so that patience is a length of time, too."""
 LONGEST_ROUND_S = 300.0
 """What a training that is killed loses at most."""
-LEAST_TIMES_VALIDATION = 4.0
-"""A round takes at least this many times as long as judging it."""
+LEAST_TIMES_VALIDATION = 9.0
+"""The steps of a round take at least this many times as long as judging it, so a tenth of a time goes into that."""
 FIRST_ROUND_STEPS = 10
 """Steps from which it is known how many fit into a round."""
 DEFAULT_EPOCHS = 200
@@ -55,6 +55,8 @@ class Plan:
     """Most steps of a round, if no time is given."""
     validation_s: float = 0.0
     """What the last validation took."""
+    step_s: float = 0.0
+    """What a step of the last round took, once one has been done since the start of the program."""
 
     @property
     def patience(self) -> float:
@@ -78,7 +80,8 @@ class Plan:
         if self.state.step == 0:
             return FIRST_ROUND_STEPS
         seconds = max(self.options.time / ROUNDS_IN_TIME, LEAST_TIMES_VALIDATION * self.validation_s)
-        return max(1, int(min(seconds, LONGEST_ROUND_S) * self.state.step / self.state.seconds))
+        step_s = self.step_s or self.state.seconds / self.state.step
+        return max(1, int(min(seconds, LONGEST_ROUND_S) / step_s))
 
     @property
     def epochs(self) -> int:
