@@ -261,9 +261,12 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     across, within = window_side(side or CROP_SIDE, voxel_size_nm), window_side(side or widest, voxel_size_nm)
     shape = []
     for axis, divisor in enumerate(network.divisor):
-        n = across[axis] if thick[axis] else within[axis]
-        # Batch norm at the coarsest level needs more than one voxel.
-        shape.append(1 if is_flat and axis in sections else max(round_up(n, divisor), 2 * divisor))
+        if is_flat and axis in sections:
+            shape.append(1)
+        elif thick[axis]:
+            shape.append(round_up(across[axis], divisor))
+        else:  # two or more at the coarsest level: batch norm needs several voxels there
+            shape.append(max(round_up(within[axis], divisor), 2 * divisor))
     z, y, x = shape
     return z, y, x
 

@@ -411,6 +411,7 @@ def test_killed_process_leaves_a_state_to_go_on_from(job, tmp_path):
         ("unet3d", {}, (50, 5, 5), None, (6, 128, 128)),  # 64 voxels of 5 nm are 6.4 of 50 nm
         ("unet3d", {}, (50, 5, 5), 80, (8, 80, 80)),
         pytest.param("swin_unetr", {}, (10, 10, 10), None, (64, 64, 64), marks=needs_einops),
+        pytest.param("swin_unetr", {}, (50, 5, 5), None, (32, 128, 128), marks=needs_einops),
         ("unet2d", {"encoder": "plain"}, (50, 5, 5), None, (1, 256, 256)),
         ("unet2d", {"encoder": "plain"}, (10, 10, 10), None, (1, 256, 256)),
         ("unet2d", {"encoder": "plain", "three_axes": True}, (10, 10, 10), None, (64, 64, 64)),
