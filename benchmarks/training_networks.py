@@ -33,8 +33,8 @@ from record import describe_run, markdown_table, publish
 
 from voxclf.config import FitConfig
 from voxclf.datasets import make_phantom
+from voxclf.freed_memory import keep_freed_memory
 from voxclf.labels import LabelSet
-from voxclf.models.dense_tuning import keep_freed_memory
 from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NETWORKS, build

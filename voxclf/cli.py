@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 from voxclf import __version__
 from voxclf.config import COMMANDS, Config, load_config_file, make_config, positional_names
 from voxclf.errors import BlockError, ModelError, OutputExistsError, VoxclfError
+from voxclf.freed_memory import share_freed_memory
 
 Item = TypeVar("Item")
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     # Read when OpenMP loads: idle threads then sleep instead of spinning on cores that others need (3-7x).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    share_freed_memory()
     parser = build_parser()
     given = vars(parser.parse_args(arguments))
     kind: type[Config] | None = given.pop("kind", None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+from voxclf.freed_memory import give_back_freed_memory
 
 SAMPLING_S = 0.02
 """A fiftieth of a second: short enough to see a block's arrays come and go, and 0.1 % of one core."""
@@ -80,16 +81,6 @@ class CostMeter:
             except psutil.NoSuchProcess:  # it ended meanwhile
                 continue
         return total
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library return what this process has freed; training makes it keep that. Linux with glibc only."""
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library, such as musl
-        return
 
 
 def _used_cuda() -> Any:

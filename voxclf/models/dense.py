@@ -22,11 +22,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from voxclf.freed_memory import keep_freed_memory
 from voxclf.models.dense_geometry import Geometry, find_problems, inspect_geometry
 from voxclf.models.dense_graph import UNIT, Operation, Zyx, read_operations, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import average_last, simplify
-from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest, keep_freed_memory
+from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest
 
 __all__ = [
     "Backend",

@@ -6,8 +6,6 @@ not name another.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,9 +24,6 @@ CHANNELS_LAST = torch.channels_last_3d
 LARGEST_TRIAL = 48
 """Edge of the trial tile on a CPU, voxels: from there on the two backends differ by a few percent."""
 TRIALS = 2
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-TOP_PAD_BYTES = 64 << 20
 
 
 class TunedDenseNetwork(DenseNetwork):
@@ -177,24 +172,3 @@ def _time_tile(network: TunedDenseNetwork, tile: Zyx) -> float:
             torch.cuda.synchronize(network.device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Make the C library keep memory that was freed, for the rest of the process; whether it could.
-
-    By default glibc asks the system for every large tensor and gives it back when freed, and the system clears each
-    page anew: 2 ns per number, as much as a pool takes. 4conv runs 35 % faster without. Arenas that
-    threads have of their own are given back whatever is set: threads started from now on share one, but only if no
-    other thread has asked for memory before; where one has, MALLOC_ARENA_MAX=1 in the environment does it. The price:
-    the process keeps its peak of memory until it ends. Linux with glibc only; elsewhere nothing happens.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library, such as musl
-        return False
-    settings = ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD_BYTES))
-    accepted = [mallopt(name, value) for name, value in settings]
-    return all(accepted)

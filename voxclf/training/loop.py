@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from voxclf.config import NetworkFitOptions
-from voxclf.models.dense_tuning import keep_freed_memory
+from voxclf.freed_memory import keep_freed_memory
 from voxclf.models.devices import check_gpu, sees
 from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.torchvision_import import prepare_torchvision

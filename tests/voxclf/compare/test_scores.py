@@ -143,7 +143,7 @@ with CostMeter() as meter:
     del array
 print(meter.cost.peak_bytes, meter.cost.seconds)
 """
-TRAINING = "from voxclf.models.dense_tuning import keep_freed_memory; keep_freed_memory(); np.ones(50_000_000)"
+TRAINING = "from voxclf.freed_memory import keep_freed_memory; keep_freed_memory(); np.ones(50_000_000)"
 
 
 @pytest.mark.parametrize("before", ["", TRAINING])

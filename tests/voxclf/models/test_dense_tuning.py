@@ -1,6 +1,5 @@
 """What makes dense networks fast changes rounding only."""
 
-import ctypes
 import itertools
 
 import pytest
@@ -203,17 +202,3 @@ def test_working_bytes_cover_what_is_allocated(name, backend):
             held += event.nbytes()
             peak = max(peak, held)
     assert 0.9 * peak < tuned.working_bytes(tile) < 2.5 * peak
-
-
-def test_keeping_freed_memory_elsewhere_than_linux(monkeypatch):
-    monkeypatch.setattr(dense_tuning.sys, "platform", "darwin")
-    assert dense_tuning.keep_freed_memory.__wrapped__() is False
-
-
-def test_keeping_freed_memory_with_another_c_library(monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(dense_tuning.sys, "platform", "linux")
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert dense_tuning.keep_freed_memory.__wrapped__() is False
