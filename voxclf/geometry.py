@@ -16,7 +16,7 @@ halo on each side and may lie outside the volume; ``engine.transfer.read_block``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -35,6 +35,12 @@ def round_up(value: int, multiple: int) -> int:
 def round_down(value: int, multiple: int) -> int:
     """Return the largest multiple of ``multiple`` that is not above ``value``."""
     return value // multiple * multiple
+
+
+def zyx(values: Iterable[int]) -> Zyx:
+    """Make a triple of three whole numbers."""
+    z, y, x = values
+    return int(z), int(y), int(x)
 
 
 def add(a: Zyx, b: Zyx) -> Zyx:

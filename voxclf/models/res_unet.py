@@ -8,7 +8,6 @@ has one decoder with both outputs, ``h`` one decoder for each. The block is a pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from voxclf.geometry import UNIT, VoxelSize, Zyx
+from voxclf.geometry import UNIT, VoxelSize, Zyx, zyx
 from voxclf.models.segmenter import (
     ISOTROPIC_WITHIN,
     ConvNormAct,
@@ -49,8 +48,8 @@ class View(NamedTuple):
     @classmethod
     def at_level(cls, level: int, n_levels: int, stride: Zyx) -> View:
         """Cells are those of the coarsest level, so they lie in the same places however a volume is cut."""
-        cell = _zyx(s ** (n_levels - level) for s in stride)
-        window = _zyx(max(1, w // s**n_levels) for w, s in zip(ATTENTION_WINDOW, stride, strict=True))
+        cell = zyx(s ** (n_levels - level) for s in stride)
+        window = zyx(max(1, w // s**n_levels) for w, s in zip(ATTENTION_WINDOW, stride, strict=True))
         return cls(cell, window)
 
 
@@ -259,9 +258,4 @@ def flat_triple(voxel_size_nm: VoxelSize, value: int) -> Zyx:
     coarsest = max(voxel_size_nm)
     is_flat = coarsest >= ISOTROPIC_WITHIN * min(voxel_size_nm)
     z, y, x = (1 if is_flat and size == coarsest else value for size in voxel_size_nm)
-    return z, y, x
-
-
-def _zyx(values: Iterable[int]) -> Zyx:
-    z, y, x = values
     return z, y, x

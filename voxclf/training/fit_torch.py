@@ -27,6 +27,7 @@ from voxclf.metrics.voxelwise import score_block, score_tables
 from voxclf.models.dense import densify, inspect_geometry
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NetworkInfo
+from voxclf.models.segmenter import ISOTROPIC_WITHIN
 from voxclf.progress import Progress, last, silent
 from voxclf.sampling import LabelSurvey
 from voxclf.training.augment import build_augmentation
@@ -56,8 +57,6 @@ IMAGE_MEMORY = 2**30
 LABEL_MEMORY = 2**27
 CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
 """Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
-THICK = 2.0
-"""Sections are thick if their voxels are so many times as long as wide. Labels of one fill a flat crop better."""
 SLAB_POINTS = 12
 """Voxels that count along a side of a training slab. More are cheaper each, but at equal time many small steps score
 better, down to about four windows a step."""
@@ -256,7 +255,7 @@ def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
     """
     sections = getattr(network, "section_axes", (0, 1, 2))
     is_flat = len(sections) == 1
-    thick = [size >= THICK * min(voxel_size_nm) for size in voxel_size_nm]
+    thick = [size >= ISOTROPIC_WITHIN * min(voxel_size_nm) for size in voxel_size_nm]
     widest = FLAT_CROP_SIDE if is_flat else SECTION_SIDE if any(thick) else CROP_SIDE
     across, within = window_side(side or CROP_SIDE, voxel_size_nm), window_side(side or widest, voxel_size_nm)
     shape = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 
 from voxclf.config import Balance
 from voxclf.engine.transfer import read_block
-from voxclf.geometry import Region, VoxelSize, Zyx, add, make_block, subtract
+from voxclf.geometry import Region, VoxelSize, Zyx, add, make_block, subtract, zyx
 from voxclf.labels import UNLABELLED_INDEX, LabelSet
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.sampling import LabelSurvey, target_shares
@@ -98,13 +98,13 @@ def slab_forms(patch: Zyx, receptive_field: Zyx, side: Zyx, spacing: Zyx = (1, 1
         after = [r - 1 - p // 2 for p, r in zip(patch, receptive_field, strict=True)]
         apart[normal] = target[normal] = 1
         after[normal] = patch[normal] - 1 - patch[normal] // 2
-        forms.append(WindowForm(_zyx(target), _zyx(p // 2 for p in patch), _zyx(after), normal, _zyx(apart)))
+        forms.append(WindowForm(zyx(target), zyx(p // 2 for p in patch), zyx(after), normal, zyx(apart)))
     return tuple(forms)
 
 
 def patch_form(patch: Zyx) -> WindowForm:
     """The patch around one voxel, which is at its index P // 2."""
-    return WindowForm((1, 1, 1), _zyx(p // 2 for p in patch), _zyx(p - 1 - p // 2 for p in patch))
+    return WindowForm((1, 1, 1), zyx(p // 2 for p in patch), zyx(p - 1 - p // 2 for p in patch))
 
 
 def crop_form(shape: Zyx, margin: Zyx = (0, 0, 0)) -> WindowForm:
@@ -115,17 +115,12 @@ def crop_form(shape: Zyx, margin: Zyx = (0, 0, 0)) -> WindowForm:
 def window_side(side: int, voxel_size_nm: VoxelSize) -> Zyx:
     """Side of a window per axis, voxels: ``side`` along the finest axis, the same length in nm along the others."""
     finest = min(voxel_size_nm)
-    return _zyx(max(1, round(side * finest / size)) for size in voxel_size_nm)
-
-
-def _zyx(values: Iterator[int] | Sequence[int] | object) -> Zyx:
-    z, y, x = values  # type: ignore[misc]
-    return z, y, x
+    return zyx(max(1, round(side * finest / size)) for size in voxel_size_nm)
 
 
 def unravel(flat: int, shape: Zyx) -> Zyx:
     """Position in a box of a voxel given by its flat index."""
-    return _zyx(int(i) for i in np.unravel_index(flat, shape))
+    return zyx(int(i) for i in np.unravel_index(flat, shape))
 
 
 class Window(NamedTuple):
@@ -203,7 +198,7 @@ class WindowReader:
         assert rng is not None, "augmentation needs a random generator"
         # An even patch reaches one voxel further down than up. With the wider margin on both sides a flipped image
         # still has its labels in the middle; it is cut to the form afterwards.
-        margin = _zyx(max(a, b) for a, b in zip(form.before, form.after, strict=True))
+        margin = zyx(max(a, b) for a, b in zip(form.before, form.after, strict=True))
         region = Region(start, add(start, form.target)).grow(margin)
         image, labelled = self._augmented(region, margin, target, augment, rng)
         cut = Region(subtract(margin, form.before), add(add(margin, form.target), form.after))
@@ -415,7 +410,7 @@ class WindowSampler:
             number = int(rng.integers(last + 1))  # which of those that count the voxel is to be
             least = min(last, max(0, -(-(v + t - n) // s)))  # with a smaller one the window ends beyond the volume
             start.append(v - s * max(least, min(number, v // s)))
-        return _zyx(start)
+        return zyx(start)
 
     def _target(self, form: int, start: Zyx) -> np.ndarray:
         region = Region(start, add(start, self.forms[form].target))
