@@ -26,7 +26,7 @@ from voxclf.freed_memory import keep_freed_memory
 from voxclf.models.dense_geometry import Geometry, find_problems, inspect_geometry
 from voxclf.models.dense_graph import UNIT, Operation, Zyx, read_operations, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
-from voxclf.models.dense_simplify import average_last, simplify
+from voxclf.models.dense_simplify import rewrite_for_training, simplify
 from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest
 
 __all__ = [
@@ -85,7 +85,7 @@ def densify(
         If a layer forbids it; the message names the layer.
     """
     patch = triple(patch)
-    operations = average_last(_exact_operations(network, patch, dense_axes))
+    operations = rewrite_for_training(_exact_operations(network, patch, dense_axes))
     return DenseNetwork(network, operations, patch, dense_axes, backend, spacing)
 
 

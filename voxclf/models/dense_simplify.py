@@ -56,6 +56,14 @@ def is_linear_per_voxel(layer: nn.Module) -> bool:
     return tuple(layer.weight.shape[2:]) == UNIT and layer.groups == 1 and is_plain
 
 
+@dataclass(frozen=True, eq=False)
+class NormedPool:
+    """A max pool, with the layers before it that act on each voxel by itself."""
+
+    norm: nn.BatchNorm3d
+    activation: nn.Module
+
+
 class Constant(nn.Module):
     """A parameter that `forward` uses by name, copied so that it can be moved without the layer that owns it."""
 
@@ -82,9 +90,9 @@ class Node:
         return self.operation is not None and isinstance(self.operation.target, kinds)
 
 
-def average_last(operations: Sequence[Operation]) -> list[Operation]:
-    """Pass 3 alone, for training too: the layers themselves are shared, not copied."""
-    return _to_operations(_rewrite(_to_nodes(operations), _average_last))
+def rewrite_for_training(operations: Sequence[Operation]) -> list[Operation]:
+    """Pass 3 alone, and batch norm, activation and max pool joined; the layers themselves are shared, not copied."""
+    return _to_operations(_rewrite(_rewrite(_to_nodes(operations), _average_last), _join_pool))
 
 
 def simplify(operations: Sequence[Operation], *, with_activations: bool = True) -> list[Operation]:
@@ -211,6 +219,18 @@ def _average_last(node: Node, is_used_once: IsUsedOnce) -> Node:
     if has_more_channels or is_strided or not is_mean or not is_used_once(pool):
         return node
     return Node(pool.operation, [Node(node.operation, pool.inputs)])
+
+
+def _join_pool(node: Node, is_used_once: IsUsedOnce) -> Node:
+    before = (node.inputs[0], *node.inputs[0].inputs) if node.is_layer(nn.MaxPool3d) else ()
+    if len(before) != 2 or not all(map(is_used_once, before)):
+        return node
+    activation, norm = before
+    if not activation.is_layer(*FUSED_ACTIVATIONS) or not norm.is_layer(nn.BatchNorm3d):
+        return node
+    assert node.operation is not None and activation.operation is not None and norm.operation is not None
+    joined = NormedPool(norm.operation.target, activation.operation.target)
+    return Node(replace(node.operation, target=joined), norm.inputs)
 
 
 def _split_joined(node: Node, is_used_once: IsUsedOnce) -> Node:

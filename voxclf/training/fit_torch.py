@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from voxclf.geometry import Region, VoxelSize, Zyx, round_up
 from voxclf.labels import LabelSet
 from voxclf.metrics.cells import CellGrid, CellTables
 from voxclf.metrics.voxelwise import score_block, score_tables
-from voxclf.models.dense import densify, inspect_geometry
+from voxclf.models.dense import DenseNetwork, densify, inspect_geometry
+from voxclf.models.dense_simplify import NormedPool
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NetworkInfo
 from voxclf.models.segmenter import ISOTROPIC_WITHIN
@@ -184,6 +186,7 @@ def train_network(
         None if options.augment == "none" else build_augmentation(options.augment, volume.voxel_size_nm),
     )
     task = Classification(network, options, shapes, sampler, validation)
+    _compile(task, progress)
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
     network.eval()
     n_scored = SCORED_VOXELS[shapes.scored_kind]
@@ -198,6 +201,17 @@ def train_network(
         n_labelled_seen=state.n_seen,
         best_epoch=state.best_epoch,
     )
+
+
+def _compile(task: Classification, progress: Progress) -> None:
+    """Compile layers before the clock starts: on a machine's first training that takes some seconds."""
+    dense = [e for e in task.evaluators["drawn"] if isinstance(e, DenseNetwork)]
+    has_pools = any(isinstance(operation.target, NormedPool) for e in dense for operation in e.operations)
+    if has_pools and choose_accelerator(task.options.device) == "cpu" and find_spec("numba") is not None:
+        from voxclf.models.normed_pool import compile_for
+
+        dtype = torch.bfloat16 if task.options.precision == "bf16" else torch.float32
+        last(progress("compile", map(compile_for, [dtype]), 1, "layer"))
 
 
 @dataclass(frozen=True)

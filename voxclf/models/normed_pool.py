@@ -1,0 +1,394 @@
+"""Batch norm, activation and max pool in one go, for training on CPUs.
+
+Early in a network, where it has most voxels, these three take most of a training step: each walks over all of them, and
+back again, though of eight voxels only the largest goes on and gets a gradient. Here
+
+- the activation is computed for the largest and the smallest of the voxels that are pooled. GELU falls, then rises, so
+  the largest of its values is at one of the two; ReLU only rises;
+- on the way back, its derivative is computed for that one voxel;
+- what is kept in between is the convolution's result alone.
+
+On one core of an Intel Xeon this makes a training step of 4conv on slabs twice as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+from torch import Tensor, nn
+
+from voxclf.geometry import Zyx
+
+CHANNELS_LAST = torch.channels_last_3d
+RELU, GELU = 0, 1
+_fast = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
+
+
+def normed_max_pool(x: Tensor, norm: nn.BatchNorm3d, activation: nn.Module, window: Zyx) -> Tensor:
+    """Maximum over windows side by side of the activated, normalised input, as in training.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, C, Z, Y, X) on a CPU, float32 or bfloat16.
+    norm : nn.BatchNorm3d
+        In training mode: it normalises by the batch, and its running statistics are updated.
+    activation : nn.ReLU or nn.GELU
+    window : (z, y, x)
+        Shape of the windows, voxels.
+    """
+    kind = GELU if isinstance(activation, nn.GELU) else RELU
+    pooled, mean, variance = _NormedMaxPool.apply(x, norm.weight, norm.bias, norm.eps, kind, window)
+    with torch.no_grad():
+        n = x.numel() // x.shape[1]
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(variance * (n / max(1, n - 1)), share)
+    return pooled
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile what :func:`normed_max_pool` needs, or load what was compiled before: up to 20 s, or one."""
+    x = torch.zeros(1, 1, 2, 2, 2, dtype=dtype, requires_grad=True)
+    normed_max_pool(x, nn.BatchNorm3d(1), nn.GELU(), (2, 2, 2)).sum().backward()
+
+
+class _NormedMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, kind: int, window: Zyx) -> Any:
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        rows, n = _rows(x), x.numel() // x.shape[1]
+        shift = x[0, :, 0, 0, 0].float().numpy()  # sums of squares keep their digits
+        total, square = np.array(_each(_sum_up, rows, shift)).sum(axis=0)
+        mean = shift + total / n
+        variance = np.maximum(square / n - (total / n) ** 2, 0)
+        scale = (weight.detach().numpy() / np.sqrt(variance + eps)).astype(np.float32)
+        offset = (bias.detach().numpy() - mean * scale).astype(np.float32)
+        shape = [n // w for n, w in zip(x.shape[2:], window, strict=True)]
+        size = (*x.shape[:2], *shape)
+        pooled = torch.empty(size, dtype=x.dtype, memory_format=CHANNELS_LAST)
+        _each(_pool, rows, _rows(pooled), scale, offset, kind, window)
+        ctx.save_for_backward(x, weight)
+        ctx.rest = mean, variance, eps, scale, offset, kind, window
+        found = torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(variance.astype(np.float32))
+        ctx.mark_non_differentiable(*found)
+        return pooled, *found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        mean, variance, eps, scale, offset, kind, window = ctx.rest
+        gradient = gradients[0].to(x.dtype).contiguous(memory_format=CHANNELS_LAST)
+        rows, of_pooled = _rows(x), _rows(gradient)
+        chosen, slope = np.empty(of_pooled.shape, np.uint8), np.empty(of_pooled.shape, np.float32)
+        centre = mean.astype(np.float32)
+        sums = _each(_choose, rows, of_pooled, chosen, slope, scale, offset, centre, kind, window)
+        total, product = np.array(sums).sum(axis=0)
+        deviation = np.sqrt(variance + eps)
+        of_weight, of_bias = product / deviation, total
+        n = x.numel() // x.shape[1]
+        # d/dx = scale · (gradient − total / n − normalised · of_weight / n) = scale · gradient + constant + factor · x
+        factor = -scale * of_weight / (n * deviation)
+        constant = -scale * total / n - factor * mean
+        result = torch.empty_like(x)
+        _each(
+            *(_spread, rows, _rows(result), chosen, slope, scale),
+            *(factor.astype(np.float32), constant.astype(np.float32), window),
+        )
+        as_tensor = [torch.from_numpy(a.astype(np.float32)).to(weight.dtype) for a in (of_weight, of_bias)]
+        return result, *as_tensor, None, None, None
+
+
+# --- what walks over the voxels: rows are (B, Z, Y, X · C), bfloat16 as the upper half of a float32 ---
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    lines = x.detach().permute(0, 2, 3, 4, 1).flatten(3)
+    return lines.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else lines.numpy()
+
+
+def _each(kernel: Callable[..., Any], rows: np.ndarray, *arguments: Any) -> list[Any]:
+    """Results of a kernel for each volume of a batch, on as many threads as torch uses."""
+    n_threads = min(len(rows), torch.get_num_threads())
+    if n_threads == 1:
+        return [kernel(b, rows, *arguments) for b in range(len(rows))]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(lambda b: kernel(b, rows, *arguments), range(len(rows))))
+
+
+def _widen(source: Any, line: Any, bits: Any) -> None:
+    """Float32 of a row; ``bits`` are those of ``line``."""
+
+
+def _narrow(line: Any, bits: Any, target: Any) -> None:
+    """The row of a line of float32, rounded to the nearest, ties to even."""
+
+
+@overload(_widen, jit_options={"fastmath": True})
+def _choose_widen(source: Any, line: Any, bits: Any) -> Any:
+    def from_half(source: Any, line: Any, bits: Any) -> None:
+        for i in range(source.size):
+            bits[i] = np.uint32(source[i]) << np.uint32(16)
+
+    def from_single(source: Any, line: Any, bits: Any) -> None:
+        line[:] = source
+
+    return from_half if source.dtype == types.uint16 else from_single
+
+
+@overload(_narrow)
+def _choose_narrow(line: Any, bits: Any, target: Any) -> Any:
+    def to_half(line: Any, bits: Any, target: Any) -> None:
+        for i in range(target.size):
+            odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+            target[i] = np.uint16(np.uint32(bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    def to_single(line: Any, bits: Any, target: Any) -> None:
+        target[:] = line
+
+    return to_half if target.dtype == types.uint16 else to_single
+
+
+@_fast
+def _sum_up(b: int, rows: Any, shift: Any) -> Any:
+    """Sums over voxels of each channel's distance from ``shift``, and of its square, (2, C)."""
+    n_channels = shift.size
+    shifts = _along_row(shift, rows.shape[3])
+    line = np.empty(rows.shape[3], np.float32)
+    bits = line.view(np.uint32)
+    total = np.zeros((2, n_channels))
+    for z in range(rows.shape[1]):
+        first, second = np.zeros(line.size, np.float32), np.zeros(line.size, np.float32)
+        for y in range(rows.shape[2]):
+            _widen(rows[b, z, y], line, bits)
+            for i in range(line.size):
+                distance = line[i] - shifts[i]
+                first[i] += distance
+                second[i] += distance * distance
+        for i in range(line.size):
+            total[0, i % n_channels] += first[i]
+            total[1, i % n_channels] += second[i]
+    return total
+
+
+@_fast
+def _along_row(values: Any, n: int) -> Any:
+    """What each channel has, for the voxels of a row one after the other."""
+    row = np.empty(n, np.float32)
+    for i in range(n):
+        row[i] = values[i % values.size]
+    return row
+
+
+@_fast
+def _extremes(b: int, z: int, y: int, rows: Any, values: Any, window: Any, n_channels: int) -> Any:
+    """Rows of the windows of one row of results, into ``values``; each window's largest and smallest. NaN stays."""
+    kz, ky, kx = window
+    highest, lowest = np.empty(values.shape[1], np.float32), np.empty(values.shape[1], np.float32)
+    for r in range(values.shape[0]):
+        line = values[r]
+        _widen(rows[b, z * kz + r // ky, y * ky + r % ky], line, line.view(np.uint32))
+        if r == 0:
+            highest[:] = line
+            lowest[:] = line
+        else:
+            for i in range(line.size):
+                highest[i] = highest[i] if line[i] <= highest[i] else line[i]
+                lowest[i] = lowest[i] if line[i] >= lowest[i] else line[i]
+    if kx == 1:
+        return highest, lowest
+    n = values.shape[1] // (kx * n_channels)
+    top, low = np.empty((n, n_channels), np.float32), np.empty((n, n_channels), np.float32)
+    high_of = highest[: n * kx * n_channels].reshape(n, kx, n_channels)
+    low_of = lowest[: n * kx * n_channels].reshape(n, kx, n_channels)
+    for x in range(n):
+        for c in range(n_channels):
+            top[x, c] = high_of[x, 0, c]
+            low[x, c] = low_of[x, 0, c]
+        for dx in range(1, kx):
+            for c in range(n_channels):
+                top[x, c] = top[x, c] if high_of[x, dx, c] <= top[x, c] else high_of[x, dx, c]
+                low[x, c] = low[x, c] if low_of[x, dx, c] >= low[x, c] else low_of[x, dx, c]
+    return top.ravel(), low.ravel()
+
+
+@_fast
+def _gelu(values: Any, result: Any) -> None:
+    for i in range(values.size):
+        result[i] = values[i] * (np.float32(0.5) + np.float32(0.5) * _erf(values[i] * np.float32(math.sqrt(0.5))))
+
+
+@numba.njit(fastmath=True, inline="always")
+def _erf(x: Any) -> Any:
+    """Rational approximation of the error function, right to 3e-7 (the one that Eigen and TensorFlow use)."""
+    x = min(max(x, np.float32(-4.0)), np.float32(4.0))
+    s = x * x
+    p = np.float32(-2.72614225801306e-10)
+    p = p * s + np.float32(2.77068142495902e-08)
+    p = p * s + np.float32(-2.10102402082508e-06)
+    p = p * s + np.float32(-5.69250639462346e-05)
+    p = p * s + np.float32(-7.34990630326855e-04)
+    p = p * s + np.float32(-2.95459980854025e-03)
+    p = p * s + np.float32(-1.60960333262415e-02)
+    q = np.float32(-1.45660718464996e-05)
+    q = q * s + np.float32(-2.13374055278905e-04)
+    q = q * s + np.float32(-1.68282697438203e-03)
+    q = q * s + np.float32(-7.37332916720468e-03)
+    q = q * s + np.float32(-1.42647390514189e-02)
+    return x * p / q
+
+
+@_fast
+def _activate(values: Any, scales: Any, offsets: Any, kind: int, normalised: Any, activated: Any) -> None:
+    for i in range(values.size):
+        normalised[i] = scales[i] * values[i] + offsets[i]
+    if kind == GELU:
+        _gelu(normalised, activated)
+    else:
+        for i in range(values.size):
+            activated[i] = np.float32(0.0) if normalised[i] <= 0 else normalised[i]
+
+
+@_fast
+def _pool(b: int, rows: Any, pooled: Any, scale: Any, offset: Any, kind: int, window: Any) -> None:
+    """Largest activated value of each window."""
+    n = pooled.shape[3]
+    scales, offsets = _along_row(scale, n), _along_row(offset, n)
+    values = np.empty((window[0] * window[1], rows.shape[3]), np.float32)
+    line, of_top, of_low = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    for z in range(pooled.shape[1]):
+        for y in range(pooled.shape[2]):
+            top, low = _extremes(b, z, y, rows, values, window, scale.size)
+            _activate(top, scales, offsets, kind, line, of_top)
+            _activate(low, scales, offsets, kind, line, of_low)
+            for i in range(n):
+                of_top[i] = of_low[i] if of_low[i] > of_top[i] else of_top[i]
+            _narrow(of_top, of_top.view(np.uint32), pooled[b, z, y])
+
+
+@_fast
+def _choose(
+    b: int,
+    rows: Any,
+    gradient: Any,
+    chosen: Any,
+    slope: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any,
+    kind: int,
+    window: Any,
+) -> Any:
+    """Which voxel of each window is handed on, and the gradient of its normalised value.
+
+    Returns that gradient's sum over windows, and that of its product with the voxel's distance from the mean, (2, C).
+    """
+    n, n_channels, kx = slope.shape[3], scale.size, window[2]
+    scales, offsets, means = _along_row(scale, n), _along_row(offset, n), _along_row(mean, n)
+    values = np.empty((window[0] * window[1], rows.shape[3]), np.float32)
+    line, of_top, of_low = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    numbers = np.empty(n, np.int32)
+    total = np.zeros((2, n_channels))
+    for z in range(slope.shape[1]):
+        first, second = np.zeros(n, np.float32), np.zeros(n, np.float32)
+        for y in range(slope.shape[2]):
+            top, low = _extremes(b, z, y, rows, values, window, n_channels)
+            _activate(low, scales, offsets, kind, line, of_low)
+            _activate(top, scales, offsets, kind, line, of_top)
+            for i in range(n):
+                is_low = of_low[i] > of_top[i]
+                top[i] = low[i] if is_low else top[i]
+                line[i] = scales[i] * top[i] + offsets[i]
+            slopes = slope[b, z, y]
+            if kind == GELU:
+                _gelu_slope(line, slopes)
+            else:
+                for i in range(n):
+                    slopes[i] = np.float32(1.0) if line[i] > 0 else np.float32(0.0)
+            top_of, number_of = top.reshape(n // n_channels, n_channels), numbers.reshape(n // n_channels, n_channels)
+            _widen(gradient[b, z, y], line, line.view(np.uint32))
+            for i in range(n):
+                numbers[i] = 0
+                slopes[i] *= line[i]
+                first[i] += slopes[i]
+                second[i] += slopes[i] * (top[i] - means[i])
+            # From the last voxel of a window to the first: of equals the first is handed on, as in torch.
+            for r in range(values.shape[0] - 1, -1, -1):
+                voxels = values[r, : n * kx].reshape(n // n_channels, kx, n_channels)
+                for dx in range(kx - 1, -1, -1):
+                    k = np.int32(r * kx + dx)
+                    for x in range(n // n_channels):
+                        for c in range(n_channels):
+                            number_of[x, c] = k if voxels[x, dx, c] == top_of[x, c] else number_of[x, c]
+            for i in range(n):
+                chosen[b, z, y, i] = np.uint8(numbers[i])
+        for i in range(n):
+            total[0, i % n_channels] += first[i]
+            total[1, i % n_channels] += second[i]
+    return total
+
+
+@_fast
+def _gelu_slope(values: Any, result: Any) -> None:
+    """Derivative of GELU: Φ(v) + v φ(v)."""
+    bits = result.view(np.uint32)
+    for i in range(values.size):
+        v = min(max(values[i], np.float32(-6.0)), np.float32(6.0))
+        exponent = v * v * np.float32(-0.5 / math.log(2))
+        whole = np.floor(exponent)
+        f = exponent - whole
+        power = np.float32(1.321549e-06)
+        power = power * f + np.float32(1.525273e-05)
+        power = power * f + np.float32(1.540353e-04)
+        power = power * f + np.float32(1.333356e-03)
+        power = power * f + np.float32(9.618129e-03)
+        power = power * f + np.float32(5.550411e-02)
+        power = power * f + np.float32(2.402265e-01)
+        power = power * f + np.float32(6.931472e-01)
+        result[i] = power * f + np.float32(1.0)  # 2^f; the whole part is added to the exponent of the float
+        bits[i] = np.uint32(bits[i] + np.uint32(np.int32(whole) << np.int32(23)))
+    for i in range(values.size):
+        v = values[i]
+        density = result[i] * np.float32(1 / math.sqrt(2 * math.pi))
+        result[i] = np.float32(0.5) + np.float32(0.5) * _erf(v * np.float32(math.sqrt(0.5))) + v * density
+
+
+@_fast
+def _spread(
+    b: int, rows: Any, result: Any, chosen: Any, slope: Any, scale: Any, factor: Any, constant: Any, window: Any
+) -> None:
+    """Gradient of the input: ``factor`` · input + ``constant`` everywhere, and ``scale`` · slope where chosen."""
+    kz, ky, kx = window
+    n_channels = scale.size
+    factors, constants = _along_row(factor, rows.shape[3]), _along_row(constant, rows.shape[3])
+    scales = _along_row(scale, slope.shape[3])
+    line, parts = np.empty(rows.shape[3], np.float32), np.empty(slope.shape[3], np.float32)
+    bits = line.view(np.uint32)
+    for z in range(rows.shape[1]):
+        for y in range(rows.shape[2]):
+            _widen(rows[b, z, y], line, bits)
+            for i in range(line.size):
+                line[i] = factors[i] * line[i] + constants[i]
+            if z // kz < slope.shape[1] and y // ky < slope.shape[2]:
+                slopes, numbers = slope[b, z // kz, y // ky], chosen[b, z // kz, y // ky]
+                n = slopes.size // n_channels
+                line_of = line[: n * kx * n_channels].reshape(n, kx, n_channels)
+                part_of = parts.reshape(n, n_channels)
+                for dx in range(kx):
+                    k = np.uint8(((z % kz) * ky + y % ky) * kx + dx)
+                    for i in range(parts.size):
+                        parts[i] = scales[i] * slopes[i] if numbers[i] == k else np.float32(0.0)
+                    for x in range(n):
+                        for c in range(n_channels):
+                            line_of[x, dx, c] += part_of[x, c]
+            _narrow(line, bits, result[b, z, y])
