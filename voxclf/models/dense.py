@@ -36,6 +36,7 @@ __all__ = [
     "InexactNetworkError",
     "densify",
     "inspect_geometry",
+    "read_exact_operations",
     "tune_for_inference",
 ]
 
@@ -85,7 +86,7 @@ def densify(
         If a layer forbids it; the message names the layer.
     """
     patch = triple(patch)
-    operations = rewrite_for_training(_exact_operations(network, patch, dense_axes))
+    operations = rewrite_for_training(read_exact_operations(network, patch, dense_axes))
     return DenseNetwork(network, operations, patch, dense_axes, backend, spacing)
 
 
@@ -137,7 +138,7 @@ def tune_for_inference(
     patch = triple(patch)
     # Merging weights in double precision rounds them once, at the end.
     copied = deepcopy(network).eval().requires_grad_(False).cpu().double()
-    operations = simplify(_exact_operations(copied, patch, dense_axes))
+    operations = simplify(read_exact_operations(copied, patch, dense_axes))
     if torch.device(device).type == "cpu":
         keep_freed_memory()
 
@@ -151,7 +152,16 @@ def tune_for_inference(
     return choose_fastest(make, torch.device(device), triple(tile), BACKENDS if any(dense_axes) else ("a_trous",))
 
 
-def _exact_operations(network: nn.Module, patch: Zyx, dense_axes: tuple[bool, bool, bool]) -> list[Operation]:
+def read_exact_operations(
+    network: nn.Module, patch: Zyx, dense_axes: tuple[bool, bool, bool] = (True, True, True)
+) -> list[Operation]:
+    """Read a network's operations as they are, before any is rewritten.
+
+    Raises
+    ------
+    InexactNetworkError
+        If a layer forbids dense evaluation; the message names the layer.
+    """
     operations, problems = read_operations(network)
     problems = find_problems(operations, problems, patch, dense_axes)
     if problems:

@@ -206,7 +206,8 @@ class DenseNetwork(nn.Module):
         return self._average(first, operation.target, window.kernel, stride, dilation)
 
     def _convolve(self, x: Tensor, layer: nn.Module, stride: Zyx, dilation: Zyx, padding: Zyx) -> Tensor:
-        if x.device.type == "cpu" and x.shape[1] == 1 and padding[0] == 0 and torch.is_grad_enabled():
+        is_trained = x.device.type == "cpu" and torch.is_grad_enabled() and layer.training
+        if is_trained and x.shape[1] == 1 and padding[0] == 0:
             return convolve_planes(x, layer.weight, layer.bias, stride, dilation, padding)
         return functional.conv3d(x, layer.weight, layer.bias, stride, padding, dilation, layer.groups)
 

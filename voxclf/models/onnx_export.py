@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from voxclf.models.dense import densify
+from voxclf.models.dense import read_exact_operations
 from voxclf.models.dense_graph import Zyx, triple
 from voxclf.models.dense_network import DenseNetwork
 from voxclf.models.dense_simplify import simplify
@@ -57,10 +57,11 @@ def export_dense_network(network: nn.Module, patch: int | Zyx, in_channels: int,
     InexactNetworkError
         If the network has no dense form.
     """
-    dense = densify(deepcopy(network).cpu().float().eval(), patch)
-    operations = simplify(dense.operations, with_activations=False)
+    patch = triple(patch)
+    exact = read_exact_operations(deepcopy(network).cpu().float().eval(), patch)
+    operations = simplify(exact, with_activations=False)
     layers = nn.ModuleList(o.target for o in operations if isinstance(o.target, nn.Module))
-    dense = DenseNetwork(layers, operations, dense.patch, dense.dense_axes, "a_trous")
+    dense = DenseNetwork(layers, operations, patch, (True, True, True), "a_trous")
     shape = [r + more for r, more in zip(dense.receptive_field, SPARE_VOXELS, strict=True)]
     example = torch.zeros(2, in_channels, *shape)
     return _export(dense, example, {0: "batch", 2: "z", 3: "y", 4: "x"}, path)
