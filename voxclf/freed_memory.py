@@ -25,9 +25,10 @@ def share_freed_memory() -> bool:
 def keep_freed_memory() -> bool:
     """Keep memory that was freed, for the rest of the process; whether it worked.
 
+    Threads share it as far as they still can: see :func:`share_freed_memory`, which the program calls when it starts.
     4conv runs 35 % faster. The price: the process keeps its peak of memory until it ends.
     """
-    return _set((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD_BYTES))
+    return _set((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, TOP_PAD_BYTES))
 
 
 def give_back_freed_memory() -> None:
@@ -39,7 +40,10 @@ def give_back_freed_memory() -> None:
 
 def _set(*settings: tuple[int, int]) -> bool:
     library = _find_library()
-    return library is not None and all(library.mallopt(name, value) for name, value in settings)
+    if library is None:
+        return False
+    accepted = [library.mallopt(name, value) for name, value in settings]
+    return all(accepted)
 
 
 def _find_library() -> ctypes.CDLL | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import SupportsInt, overload
 
 Zyx = tuple[int, int, int]
 VoxelSize = tuple[float, float, float]
@@ -37,7 +37,7 @@ def round_down(value: int, multiple: int) -> int:
     return value // multiple * multiple
 
 
-def zyx(values: Iterable[int]) -> Zyx:
+def zyx(values: Iterable[SupportsInt]) -> Zyx:
     """Make a triple of three whole numbers."""
     z, y, x = values
     return int(z), int(y), int(x)

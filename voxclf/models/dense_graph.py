@@ -21,6 +21,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from voxclf.geometry import zyx
+
 Zyx = tuple[int, int, int]
 Kind = Literal["convolution", "max_pool", "average_pool", "pointwise", "concatenation", "crop"]
 UNIT: Zyx = (1, 1, 1)
@@ -121,8 +123,7 @@ class Operation:
 
 def triple(values: Any) -> Zyx:
     """Three whole numbers from an iterable, or one repeated."""
-    z, y, x = (values,) * 3 if isinstance(values, int) else values
-    return int(z), int(y), int(x)
+    return zyx((values,) * 3 if isinstance(values, int) else values)
 
 
 def read_operations(network: nn.Module) -> tuple[list[Operation], tuple[str, ...]]:

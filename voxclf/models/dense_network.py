@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -206,8 +205,7 @@ class DenseNetwork(nn.Module):
         return self._average(first, operation.target, window.kernel, stride, dilation)
 
     def _convolve(self, x: Tensor, layer: nn.Module, stride: Zyx, dilation: Zyx, padding: Zyx) -> Tensor:
-        is_trained = x.device.type == "cpu" and torch.is_grad_enabled() and layer.training
-        if is_trained and x.shape[1] == 1 and padding[0] == 0:
+        if _trains_on_cpu(layer, x) and x.shape[1] == 1 and padding[0] == 0:
             return convolve_planes(x, layer.weight, layer.bias, stride, dilation, padding)
         return functional.conv3d(x, layer.weight, layer.bias, stride, padding, dilation, layer.groups)
 
@@ -276,6 +274,10 @@ def _to_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t[:, :, :z, :y, :x] for t in tensors]
 
 
+def _trains_on_cpu(layer: nn.Module, x: Tensor) -> bool:
+    return layer.training and torch.is_grad_enabled() and x.device.type == "cpu"
+
+
 def convolve_planes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Zyx, dilation: Zyx, padding: Zyx) -> Tensor:
     """Convolution of one channel, as one in 2D of the planes that the kernel spans.
 
@@ -294,19 +296,14 @@ def convolve_planes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Zyx,
 def _pool_normed(x: Tensor, layers: NormedPool, kernel: Zyx, stride: Zyx, dilation: Zyx) -> Tensor:
     """Batch norm, activation and maximum over a window; in one go where a CPU trains on windows side by side."""
     norm, activation = layers.norm, layers.activation
-    is_trained = x.device.type == "cpu" and torch.is_grad_enabled() and norm.training
-    if is_trained and kernel == stride and dilation == UNIT and normed_pool_works(x, norm, activation):
-        from voxclf.models.normed_pool import normed_max_pool
+    are_side_by_side = kernel == stride and dilation == UNIT
+    if _trains_on_cpu(norm, x) and are_side_by_side and x.dtype in (torch.float32, torch.bfloat16):
+        from voxclf.models.normed_pool import (
+            normed_max_pool,  # needs numba, which a machine that only predicts may lack
+        )
 
         return normed_max_pool(x, norm, activation, kernel)
     return max_pool(activation(norm(x)), kernel, stride, dilation)
-
-
-def normed_pool_works(x: Tensor, norm: nn.BatchNorm3d, activation: nn.Module) -> bool:
-    """Whether the compiled form is for these layers, and numba is there to compile it."""
-    is_known = isinstance(activation, nn.ReLU) or getattr(activation, "approximate", "") == "none"
-    is_usual = norm.affine and norm.track_running_stats and x.dtype in (torch.float32, torch.bfloat16)
-    return is_known and is_usual and find_spec("numba") is not None
 
 
 def max_pool(x: Tensor, kernel: Zyx, stride: Zyx, dilation: Zyx) -> Tensor:

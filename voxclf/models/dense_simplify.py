@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def is_linear_per_voxel(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class NormedPool:
-    """A max pool, with the layers before it that act on each voxel by itself."""
+    """The layers before a max pool, where :mod:`voxclf.models.normed_pool` can compute all three in one go."""
 
     norm: nn.BatchNorm3d
     activation: nn.Module
@@ -229,8 +230,12 @@ def _join_pool(node: Node, is_used_once: IsUsedOnce) -> Node:
     if not activation.is_layer(*FUSED_ACTIVATIONS) or not norm.is_layer(nn.BatchNorm3d):
         return node
     assert node.operation is not None and activation.operation is not None and norm.operation is not None
-    joined = NormedPool(norm.operation.target, activation.operation.target)
-    return Node(replace(node.operation, target=joined), norm.inputs)
+    layers = NormedPool(norm.operation.target, activation.operation.target)
+    is_known = getattr(layers.activation, "approximate", "none") == "none"
+    is_usual = layers.norm.affine and layers.norm.track_running_stats
+    if not is_known or not is_usual or find_spec("numba") is None:
+        return node
+    return Node(replace(node.operation, target=layers), norm.inputs)
 
 
 def _split_joined(node: Node, is_used_once: IsUsedOnce) -> Node:

@@ -29,6 +29,7 @@ from voxclf.geometry import Zyx
 
 CHANNELS_LAST = torch.channels_last_3d
 RELU, GELU = 0, 1
+
 _fast = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True)
 
 
@@ -134,7 +135,7 @@ def _narrow(line: Any, bits: Any, target: Any) -> None:
     """The row of a line of float32, rounded to the nearest, ties to even."""
 
 
-@overload(_widen, jit_options={"fastmath": True})
+@overload(_widen)
 def _choose_widen(source: Any, line: Any, bits: Any) -> Any:
     def from_half(source: Any, line: Any, bits: Any) -> None:
         for i in range(source.size):
@@ -228,7 +229,7 @@ def _gelu(values: Any, result: Any) -> None:
         result[i] = values[i] * (np.float32(0.5) + np.float32(0.5) * _erf(values[i] * np.float32(math.sqrt(0.5))))
 
 
-@numba.njit(fastmath=True, inline="always")
+@numba.njit(inline="always")
 def _erf(x: Any) -> Any:
     """Rational approximation of the error function, right to 3e-7 (the one that Eigen and TensorFlow use)."""
     x = min(max(x, np.float32(-4.0)), np.float32(4.0))

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +206,7 @@ def _compile(task: Classification, progress: Progress) -> None:
     """Compile layers before the clock starts: on a machine's first training that takes some seconds."""
     dense = [e for e in task.evaluators["drawn"] if isinstance(e, DenseNetwork)]
     has_pools = any(isinstance(operation.target, NormedPool) for e in dense for operation in e.operations)
-    if has_pools and choose_accelerator(task.options.device) == "cpu" and find_spec("numba") is not None:
+    if has_pools and choose_accelerator(task.options.device) == "cpu":
         from voxclf.models.normed_pool import compile_for
 
         dtype = torch.bfloat16 if task.options.precision == "bf16" else torch.float32

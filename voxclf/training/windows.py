@@ -120,7 +120,7 @@ def window_side(side: int, voxel_size_nm: VoxelSize) -> Zyx:
 
 def unravel(flat: int, shape: Zyx) -> Zyx:
     """Position in a box of a voxel given by its flat index."""
-    return zyx(int(i) for i in np.unravel_index(flat, shape))
+    return zyx(np.unravel_index(flat, shape))
 
 
 class Window(NamedTuple):
