@@ -136,9 +136,11 @@ class SeamCertificate:
 
     def summarise(self) -> dict[str, Any]:
         """What the output's provenance says: voxels compared, largest and mean difference, tolerance, where."""
-        lines = list({line["block"]: line for line in self._read_log()}.values())
-        if not lines:
+        by_block = {line["block"]: line for line in self._read_log()}
+        if not by_block:
             return {"n_voxels": 0, "tolerance": self.tolerance}
+        # In the order of the blocks, not of their completion: it decides between equal differences.
+        lines = [by_block[index] for index in sorted(by_block)]
         n_voxels = sum(line["n_voxels"] for line in lines)
         worst = max(lines, key=lambda line: line["largest"])
         return {

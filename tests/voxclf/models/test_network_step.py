@@ -221,3 +221,16 @@ def test_the_certificate_counts_every_block_once_and_ignores_torn_lines(save_vol
     assert 26 <= summary["n_voxels"] <= 32
     assert summary["largest_difference"] == 0.02
     assert summary["mean_difference"] == pytest.approx(0.01, abs=0.002)
+
+
+def test_equal_differences_are_told_apart_by_block_not_by_which_was_done_first(save_volume, tmp_path):
+    volume = save_volume(np.zeros((8, 8, 16), np.uint8))
+    blocks = [make_block(i, Region((0, 0, 8 * i), (8, 8, 8 * i + 8))) for i in range(2)]
+    summaries = []
+    for name, order in (("one", blocks), ("other", blocks[::-1])):
+        certificate = SeamCertificate(_Wrong(), volume, tmp_path / name, tolerance=0.1)
+        for block in order:
+            certificate(block, np.full((2, 8, 8, 8), 0.52, np.float32))
+        summaries.append(certificate.summarise())
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["at_voxel"][2] < 8
