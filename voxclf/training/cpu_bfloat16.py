@@ -125,8 +125,12 @@ def _by_planes(gradient: Tensor, image: Tensor, weight: Tensor, form: Form, axis
         if first >= end:
             continue
         met = slice(first * stride + shift, (end - 1) * stride + shift + 1, stride)
-        # Volume by volume, so that planes stay where they are.
-        for g, x in zip(gradients[:, first:end], planes[:, met], strict=True):
-            pair = (part.contiguous(memory_format=torch.channels_last) for part in (g, x))
-            total += _backward(*pair, kernel, None, *flat_form, [False, True, False])[1]
+        pair = (_line_up(gradients[:, first:end]), _line_up(planes[:, met]))
+        total += _backward(*pair, kernel, None, *flat_form, [False, True, False])[1]
     return found.movedim(0, axis + 2)
+
+
+def _line_up(planes: Tensor) -> Tensor:
+    """Planes of all volumes, (B, planes, C, rows, columns), as one batch with channels last."""
+    batch = planes.movedim(2, -1).flatten(0, 1).movedim(-1, 1)
+    return batch.contiguous(memory_format=torch.channels_last)

@@ -58,12 +58,12 @@ IMAGE_MEMORY = 2**30
 LABEL_MEMORY = 2**27
 CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
 """Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
-SLAB_POINTS = 12
-"""Voxels that count along a side of a training slab. More are cheaper each, but at equal time many small steps score
-better, down to about four windows a step."""
+SLAB_SIDE = 17
+"""Side of a training slab, voxels. A larger one is cheaper for each voxel that counts, but what a step learns depends on
+the number of places it looks at: with a dozen of these, trainings that differ in their seed end alike."""
 SCORED_SIDE = 64
 """Side of a slab that is only scored."""
-DEFAULT_BATCH = {"slabs": 4, "patches": 64, "crops": 2}
+DEFAULT_BATCH = {"slabs": 12, "patches": 64, "crops": 2}
 SCORED_BATCH = {"slabs": 2, "patches": 64, "crops": 2}
 """At least 2: convolutions of a single image take a slow path on CPUs."""
 MONITORED_VOXELS = {"slabs": 60_000, "patches": 1_000, "crops": 200_000}
@@ -250,7 +250,7 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
     if options.sampling == "patches":
         return WindowPlan("patches", (patch_form(patch),), "slabs", scored, sight)
     z, y, x = (math.gcd(stride, options.spacing) for stride in geometry.strides)
-    side = window_side(options.window or SLAB_POINTS * max(z, y, x), volume.voxel_size_nm)
+    side = window_side(options.window or SLAB_SIDE, volume.voxel_size_nm)
     return WindowPlan("slabs", slab_forms(patch, sight, side, (z, y, x)), "slabs", scored, sight)
 
 
