@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from voxclf.models.dense_graph import Zyx, triple
+from voxclf.geometry import Zyx
+from voxclf.models.dense_graph import triple
 from voxclf.models.patch_cnn import ChannelLayerNorm, PatchNetwork, Shape
 
 DEPTHWISE_SIZE = 7

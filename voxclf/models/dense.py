@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from voxclf.freed_memory import keep_freed_memory
+from voxclf.geometry import UNIT, Zyx
 from voxclf.models.dense_geometry import Geometry, find_problems, inspect_geometry
-from voxclf.models.dense_graph import UNIT, Operation, Zyx, read_operations, triple
+from voxclf.models.dense_graph import Operation, read_operations, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import rewrite_for_training, simplify
 from voxclf.models.dense_tuning import TunedDenseNetwork, choose_fastest

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from voxclf.models.dense_graph import UNIT, Operation, Window, Zyx, read_operations, triple
+from voxclf.geometry import UNIT, Zyx
+from voxclf.models.dense_graph import Operation, Window, read_operations, triple
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from voxclf.geometry import zyx
+from voxclf.geometry import UNIT, Zyx, zyx
 
-Zyx = tuple[int, int, int]
 Kind = Literal["convolution", "max_pool", "average_pool", "pointwise", "concatenation", "crop"]
-UNIT: Zyx = (1, 1, 1)
 NO_CROP = (slice(None),) * 3
 
 POINTWISE_LAYERS: tuple[type[nn.Module], ...] = (

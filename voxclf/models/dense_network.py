@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from voxclf.geometry import UNIT, Zyx
 from voxclf.models.dense_geometry import Reach, follow
-from voxclf.models.dense_graph import UNIT, Attribute, Operation, Value, Zyx, triple
+from voxclf.models.dense_graph import Attribute, Operation, Value, triple
 from voxclf.models.dense_simplify import NormedPool
 
 Backend = Literal["a_trous", "fragments"]

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxclf.models.dense_graph import UNIT, Attribute, Operation, Value, Window
+from voxclf.geometry import UNIT
+from voxclf.models.dense_graph import Attribute, Operation, Value, Window
 
 IDLE_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout3d, nn.AlphaDropout)
 FUSED_ACTIVATIONS = (nn.ReLU, nn.GELU)

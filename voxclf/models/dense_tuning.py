@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from voxclf.models.dense_graph import Attribute, Operation, Zyx, triple
+from voxclf.geometry import Zyx
+from voxclf.models.dense_graph import Attribute, Operation, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import Convolution
 from voxclf.models.memory_layout import use_channels_last

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from voxclf.geometry import Zyx
 from voxclf.models.dense import read_exact_operations
-from voxclf.models.dense_graph import Zyx, triple
+from voxclf.models.dense_graph import triple
 from voxclf.models.dense_network import DenseNetwork
 from voxclf.models.dense_simplify import simplify
 

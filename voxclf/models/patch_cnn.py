@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from voxclf.models.dense_graph import Zyx, triple
+from voxclf.geometry import Zyx
+from voxclf.models.dense_graph import triple
 
 NormName = Literal["batch", "layer"]
 

@@ -59,8 +59,8 @@ LABEL_MEMORY = 2**27
 CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
 """Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
 SLAB_SIDE = 17
-"""Side of a training slab, voxels. A larger one is cheaper for each voxel that counts, but what a step learns depends on
-the number of places it looks at: with a dozen of these, trainings that differ in their seed end alike."""
+"""Side of a training slab, voxels. Each voxel of a larger one is cheaper, but what a step learns depends on how many
+places it looks at: with a dozen small slabs, several classes are learned sooner, and alike from other seeds."""
 SCORED_SIDE = 64
 """Side of a slab that is only scored."""
 DEFAULT_BATCH = {"slabs": 12, "patches": 64, "crops": 2}
