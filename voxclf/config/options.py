@@ -150,7 +150,9 @@ class NetworkFitOptions(ComputeOptions):
         "with --time or --steps, constant without an end",
     )
     monitor: Literal["macro_f1", "loss"] = Field(
-        "macro_f1", description="what on the held-out labels decides which network is best and when training ends"
+        "loss",
+        description="what on the held-out labels decides which network is best and when training ends; macro F1 leaps "
+        "from round to round where few of a class are held out",
     )
     sampling: Literal["slabs", "patches"] = Field(
         "slabs",
