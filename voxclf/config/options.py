@@ -156,7 +156,7 @@ class NetworkFitOptions(ComputeOptions):
     )
     sampling: Literal["slabs", "patches"] = Field(
         "slabs",
-        description="train on windows of labelled slices (the same gradient, 20 to 100 times the voxels) or "
+        description="train on windows of labelled slices (the same gradient, 10 to 100 times the voxels) or "
         "on single patches",
     )
     batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
