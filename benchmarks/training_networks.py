@@ -41,7 +41,7 @@ from voxclf.models.registry import NETWORKS, build
 from voxclf.progress import last
 from voxclf.sampling import survey_labels
 from voxclf.training.augment import build_augmentation
-from voxclf.training.fit_torch import Classification, plan_windows
+from voxclf.training.fit_torch import DEFAULT_BATCH, Classification, plan_windows
 from voxclf.training.held_out import HeldOut
 from voxclf.training.step_batches import as_tensors
 from voxclf.training.windows import LabelIndex, WindowReader, WindowSampler
@@ -76,8 +76,8 @@ CONTESTANTS = (
     Contestant("patches, plain", "patches", 64, is_tuned=False),
     Contestant("patches, tuned", "patches", 64),
     Contestant("patches, bf16", "patches", 64, precision="bf16"),
-    Contestant("slabs, every 4th", "slabs", 12),
-    Contestant("slabs, every 4th, bf16", "slabs", 12, precision="bf16"),
+    Contestant("slabs, every 4th", "slabs", DEFAULT_BATCH["slabs"]),
+    Contestant("slabs, every 4th, bf16", "slabs", DEFAULT_BATCH["slabs"], precision="bf16"),
     Contestant("slabs, dense 32²", "slabs", 8, window=32, spacing=1),
     Contestant("slabs, dense 32², bf16", "slabs", 8, window=32, spacing=1, precision="bf16"),
     Contestant("slabs, dense 64², bf16", "slabs", 2, window=64, spacing=1, precision="bf16"),

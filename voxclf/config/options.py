@@ -160,7 +160,11 @@ class NetworkFitOptions(ComputeOptions):
         "on single patches",
     )
     batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
-    window: int | None = Field(None, ge=1, description="side of a training window, voxels; default: from the network")
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="side of a training window, voxels; default: 17 for slabs, for crops what suits the network",
+    )
     spacing: int = Field(
         4,
         ge=1,

@@ -299,9 +299,8 @@ def _pool_normed(x: Tensor, layers: NormedPool, kernel: Zyx, stride: Zyx, dilati
     norm, activation = layers.norm, layers.activation
     are_side_by_side = kernel == stride and dilation == UNIT
     if _trains_on_cpu(norm, x) and are_side_by_side and x.dtype in (torch.float32, torch.bfloat16):
-        from voxclf.models.normed_pool import (
-            normed_max_pool,  # needs numba, which a machine that only predicts may lack
-        )
+        # It needs numba, which a machine that only predicts may lack.
+        from voxclf.models.normed_pool import normed_max_pool
 
         return normed_max_pool(x, norm, activation, kernel)
     return max_pool(activation(norm(x)), kernel, stride, dilation)

@@ -310,6 +310,7 @@ def _pool(
             _find_extreme(np.float32(-1), b, z, y, rows, window, n_channels, places, low, of_low)
             _activate(top, scales, offsets, kind, normalised, value)
             _activate(low, scales, offsets, kind, normalised, value_of_low)
+            # A loop for each result: the compiler gives up on vector instructions where a loop has many arrays.
             for i in range(n):
                 top[i] = low[i] if value_of_low[i] > value[i] else top[i]
             for i in range(n):
