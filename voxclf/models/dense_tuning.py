@@ -20,6 +20,7 @@ from voxclf.models.dense_graph import Attribute, Operation, triple
 from voxclf.models.dense_network import BACKENDS, Backend, DenseNetwork
 from voxclf.models.dense_simplify import Convolution
 from voxclf.models.memory_layout import use_channels_last
+from voxclf.models.subnormal_numbers import subnormals_as_zero
 
 CHANNELS_LAST = torch.channels_last_3d
 LARGEST_TRIAL = 48
@@ -65,6 +66,7 @@ class TunedDenseNetwork(DenseNetwork):
         self.eval()
 
     @torch.inference_mode()
+    @subnormals_as_zero()
     def forward(self, x: Tensor) -> Tensor:
         """Logits at every voxel, (B, K, Z', Y', X')."""
         # Convolutions of 16 to 128 channels run 15 to 30 % faster with the channels of a voxel side by side.

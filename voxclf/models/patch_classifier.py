@@ -19,6 +19,7 @@ from torch import nn
 from voxclf.geometry import VoxelSize, Zyx, add
 from voxclf.metrics.calibration import CalibrationMap
 from voxclf.models.network_inputs import NetworkInput
+from voxclf.models.subnormal_numbers import subnormals_as_zero
 
 TURN = threading.Lock()
 """Held by whoever computes with a network: one block at a time on all cores, or on the GPU. Threads that wait have
@@ -91,6 +92,7 @@ class PatchClassifier:
             ]
         return self.calibrate(torch.cat(parts).numpy().T).T
 
+    @subnormals_as_zero()
     def classify_channels(self, windows: torch.Tensor) -> torch.Tensor:
         """Map channels (B, C, 1 + 2 margin, …) to probabilities (B, K), on the host and not calibrated."""
         z, y, x = self.patch

@@ -31,6 +31,7 @@ from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.patch_classifier import NO_FLIPS, TURN, Flips, activation_bytes, choose_flips
 from voxclf.models.segmenter import Segmenter
 from voxclf.models.segmenter_reach import Reach, measure_reach
+from voxclf.models.subnormal_numbers import subnormals_as_zero
 
 if TYPE_CHECKING:
     from voxclf.models.network_model import NetworkModel
@@ -195,6 +196,7 @@ class SegmenterStep:
         read = Region(add(tile.read.start, self.halo), add(tile.read.stop, self.halo)).grow(self.inputs.halo)
         return self.inputs.compute(image[read.slices])
 
+    @subnormals_as_zero()
     def _classify(self, channels: np.ndarray) -> np.ndarray:
         """Probabilities (B, K, z, y, x) of tiles whose channels are (B, C, z + 2 margin, …), mirror images averaged."""
         tensor = torch.from_numpy(channels).to(self.device)

@@ -29,6 +29,7 @@ from voxclf.models.dense_simplify import NormedPool
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NetworkInfo
 from voxclf.models.segmenter import ISOTROPIC_WITHIN
+from voxclf.models.subnormal_numbers import subnormals_as_zero
 from voxclf.progress import Progress, last, silent
 from voxclf.sampling import LabelSurvey
 from voxclf.training.augment import build_augmentation
@@ -434,6 +435,7 @@ class _Scored:
     n_voxels: int
 
 
+@subnormals_as_zero()
 def _score(
     task: Classification,
     index: LabelIndex,

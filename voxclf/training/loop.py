@@ -32,6 +32,7 @@ from voxclf.config import NetworkFitOptions
 from voxclf.freed_memory import keep_freed_memory
 from voxclf.models.devices import check_gpu, sees
 from voxclf.models.memory_layout import use_channels_last
+from voxclf.models.subnormal_numbers import subnormals_as_zero
 from voxclf.models.torchvision_import import prepare_torchvision
 from voxclf.progress import Progress
 from voxclf.training.cpu_bfloat16 import SafeConvolutionGradients
@@ -239,6 +240,7 @@ class _Book(pl.Callback):
         self.was_interrupted = isinstance(exception, KeyboardInterrupt)
 
 
+@subnormals_as_zero()
 def run_loop(
     task: Task, options: NetworkFitOptions, seed: int, folder: Path, n_threads: int, progress: Progress, stage: str
 ) -> TrainingState:
