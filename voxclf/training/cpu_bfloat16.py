@@ -116,18 +116,20 @@ def _by_planes(gradient: Tensor, image: Tensor, weight: Tensor, form: Form, axis
     flat_form = Form(flat(form.stride), flat(form.padding), flat(form.dilation), False, [0, 0], 1)
     planes, gradients = image.movedim(axis + 2, 1), gradient.movedim(axis + 2, 1)  # (B, planes, C, rows, columns)
     kernel = weight.select(axis + 2, 0).contiguous(memory_format=torch.channels_last)
-    found = weight.new_zeros((weight.shape[axis + 2], *kernel.shape), dtype=torch.float32)
-    for entry, total in enumerate(found):
+    found = []
+    for entry in range(weight.shape[axis + 2]):
         # Plane o of the output meets plane o · stride + shift of the image, where there is one.
         shift = entry * dilation - padding
         first = max(0, -(shift // stride))
         end = min(gradients.shape[1], (planes.shape[1] - 1 - shift) // stride + 1)
         if first >= end:
+            found.append(torch.zeros_like(kernel))
             continue
         met = slice(first * stride + shift, (end - 1) * stride + shift + 1, stride)
         pair = (_line_up(gradients[:, first:end]), _line_up(planes[:, met]))
-        total += _backward(*pair, kernel, None, *flat_form, [False, True, False])[1]
-    return found.movedim(0, axis + 2)
+        found.append(_backward(*pair, kernel, None, *flat_form, [False, True, False])[1])
+    # Put together with channels last, as the weights lie: no copy follows.
+    return torch.stack([entry.movedim(1, -1) for entry in found], axis + 1).movedim(-1, 1)
 
 
 def _line_up(planes: Tensor) -> Tensor:
