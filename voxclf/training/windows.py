@@ -216,8 +216,9 @@ class WindowReader:
         mean, std = np.float32(self.inputs.mean[0]), np.float32(self.inputs.std[0])
         grey = (self._grey(region).astype(np.float32) - mean) / std
         halo = self.inputs.halo
+        labels = np.full(grey.shape, UNLABELLED_INDEX, target.dtype)
         around = add(margin, halo)
-        labels = np.pad(target, [(m, m) for m in around], constant_values=UNLABELLED_INDEX)
+        labels[Region(around, add(around, target.shape)).slices] = target
         image, labels = augment(grey[None], labels, rng)
         inner = Region(halo, subtract(labels.shape, halo))
         return self.inputs.compute(np.asarray(image)[0] * std + mean), np.asarray(labels)[inner.slices]
