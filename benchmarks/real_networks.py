@@ -7,7 +7,8 @@ same held-out labels as the forests of ``real_data.py``. A network gives up part
 - ``+ bank``: the filter bank's features as further input channels; isolates what hand-made features add.
 - random forest, and with autocontext: what there is to beat.
 
-- ``by patches``: trained as published, on batches of patches, where all others are trained on slabs.
+- ``by patches``: trained on batches of patches, where all others are trained on slabs; ``as published``, with the
+  published step size and weights of the classes too.
 - ``dense windows``: slabs of 32² voxels by eights, all of which count; run only if named.
 
 Exact networks predict the scored slab, in float32 and, to say how far it is from that, in bf16. Padded ones cannot, and
@@ -62,6 +63,7 @@ EXPLANATION = (
     "Largest difference: between dense and patch-by-patch probabilities in float32, from the seam certificate. bf16: "
     "probabilities and labels of the scored slab, evaluated in bf16, against those of the same network in float32."
 )
+PUBLISHED = ("--schedule", "constant", "--learning-rate", "0.001", "--class-weights", "labelled")
 SCHEDULE = ("--schedule", "one_cycle", "--learning-rate", "0.003", "--class-weights", "sqrt")
 
 
@@ -104,6 +106,7 @@ USUAL_CASES = (
     _network("dilres", "--patch", "16", label="dilres, patch 16, --tta", predict_options=("--tta",)),
     _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
     _network("4conv", "--sampling", "patches", label="4conv, by patches"),
+    Case("4conv", "4conv, by patches as published", (*PUBLISHED, "--sampling", "patches")),
     _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64"),
     _network(
         *("4conv", "--patch", "5,64,64", "--window", "96"),
