@@ -151,8 +151,8 @@ class NetworkFitOptions(ComputeOptions):
     )
     monitor: Literal["macro_f1", "loss"] = Field(
         "loss",
-        description="what on the held-out labels decides which network is best and when training ends; macro F1 leaps "
-        "from round to round where few of a class are held out",
+        description="what on the held-out labels decides which network is best (of the last quarter, if the step size "
+        "falls) and when training ends; macro F1 leaps from round to round where few of a class are held out",
     )
     sampling: Literal["slabs", "patches"] = Field(
         "slabs",

@@ -214,8 +214,10 @@ class _Book(pl.Callback):
         scores = task.verdict()
         state.epoch += 1
         state.seconds = self.seconds
-        if scores["score"] > state.best_score or not state.best:
-            state.best_score, state.best_epoch = scores["score"], state.epoch
+        is_calm = self.plan.is_calm
+        # The first calm round takes the place of whatever was best before.
+        if scores["score"] > state.best_score or not state.best or is_calm > state.best_is_calm:
+            state.best_score, state.best_epoch, state.best_is_calm = scores["score"], state.epoch, is_calm
             state.keep_best(task.network)
         entry = {
             "epoch": state.epoch,

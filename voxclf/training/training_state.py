@@ -37,6 +37,8 @@ class TrainingState:
         Highest so far; -inf before the first validation.
     best_epoch : int
         Round that reached it.
+    best_is_calm : bool
+        Whether that was in the last part of a falling step size, as all rounds are of a constant one.
     history : list of dict
         One entry per round.
     best : dict of str to Tensor
@@ -49,6 +51,7 @@ class TrainingState:
     n_seen: int = 0
     best_score: float = -float("inf")
     best_epoch: int = 0
+    best_is_calm: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 

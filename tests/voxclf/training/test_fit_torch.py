@@ -287,6 +287,15 @@ def test_early_stopping_keeps_the_best_weights(job, tmp_path, monitor):
         assert macro_f1(result.validation) == pytest.approx(values[best], abs=1e-6)
 
 
+def test_falling_step_sizes_are_judged_in_their_last_quarter(job, tmp_path):
+    # Steps this large make good networks bad, so the best round of all is one of the first.
+    result = job.train(tmp_path, steps=100, schedule="cosine", learning_rate=0.3, optimizer="sgd")
+    losses = [entry["validation_loss"] for entry in result.history]
+    late = [i for i, entry in enumerate(result.history) if entry["step"] >= 75]
+    assert int(np.argmin(losses)) not in late
+    assert result.best_epoch == 1 + min(late, key=lambda i: losses[i])
+
+
 def test_time_is_kept(job, tmp_path):
     result = job.train(tmp_path, steps=None, epochs=10_000, patience=10_000, time=3.0)
     assert 2.0 < result.seconds < 6.0
