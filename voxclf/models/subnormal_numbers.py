@@ -1,6 +1,6 @@
-"""Numbers below 1.2e-38, which processors compute with in microcode, a hundred times slower than with others.
+"""Numbers below 1.2e-38, which processors compute with in microcode, many times slower than with others.
 
-Networks get them from weight decay: what belongs to a channel that nothing uses halves every few hundred steps.
+Networks get them from weight decay, which shrinks what belongs to a channel that nothing uses without end.
 """
 
 from __future__ import annotations
