@@ -154,7 +154,7 @@ class _Trainer:
             self.job.label_set,
             n_training=self.job.options.samples,
             n_evaluation=N_EVALUATION,
-            balance=self.job.options.balance,
+            balance=self.job.options.row_balance,
             seed=self.job.options.seed,
             executor=self.job.executor,
         )
@@ -190,5 +190,7 @@ class _Trainer:
             n_trees=options.trees,
             max_depth=options.max_depth,
             min_samples_leaf=options.min_samples_leaf,
-            sample_weight=row_weights(rows.classes, target_shares(totals, options.balance)) if is_weighted else None,
+            sample_weight=row_weights(rows.classes, target_shares(totals, options.row_balance))
+            if is_weighted
+            else None,
         )

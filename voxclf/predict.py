@@ -29,6 +29,7 @@ from voxclf.models.devices import (
     choose_executor,
     describe_inference,
     make_step,
+    warn_of_slow_precision,
 )
 from voxclf.models.model import Model
 from voxclf.models.network_certificate import SeamCertificate
@@ -91,6 +92,7 @@ def predict_volume(config: PredictConfig, progress: Progress = silent) -> Predic
     warnings = check_volume(model, volume)
     region = choose_region(config.region, volume)
     device = choose_device(model, config.device, region.n_voxels)
+    warn_of_slow_precision(inference.precision, device)
     executor = make_executor(config.executor, config.workers)
     check_finite(volume, executor, progress)
     executor = choose_executor(model, device, config.executor, config.workers)

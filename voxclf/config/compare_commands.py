@@ -45,5 +45,5 @@ class CompareConfig(VolumeInput, LabelsInput, LabelValues, BankOptions, ComputeO
         None, description="predict and score only z0:z1,y0:y1,x0:x1 (voxels); default: around the labels scored on"
     )
     samples: int = Field(150_000, ge=100, description="labelled voxels that trees are trained on")
-    balance: Balance = Field("sqrt", description="weight of the classes in training trees, as in `voxclf fit`")
+    balance: Balance | None = Field(None, description="weight of the classes in training, as in `voxclf fit`")
     folds: int = Field(5, ge=2, le=20, description="slabs of the cross-validation within the training labels")

@@ -104,7 +104,9 @@ class ComputeOptions(Config):
         "job is large, else the CPU",
     )
     precision: Precision = Field(
-        "32", description="arithmetic of networks: 32, or bf16: about twice as fast, probabilities to about 0.01"
+        "32",
+        description="arithmetic of networks: 32, or bf16: about twice as fast where processor or GPU have it, "
+        "probabilities to about 0.01",
     )
 
 
@@ -202,9 +204,11 @@ class FitOptions(LabelValues, BankOptions, NetworkFitOptions):
 
     model: str = Field("random_forest", description="kind of model; `voxclf models` lists them")
     samples: int = Field(150_000, ge=100, description="budget of labelled voxels to train on")
-    balance: Balance = Field(
-        "sqrt",
-        description="weight of the classes in training: by the square root of their frequency, equal, or as labelled",
+    balance: Balance | None = Field(
+        None,
+        description="weight of the classes in training: by the square root of their frequency, equal, or as labelled; "
+        "networks: how often windows are drawn around them (see --class-weights); default: equal for the slabs of a "
+        "patch network, else sqrt",
     )
     trees: int | None = Field(None, ge=1, description="number of trees or boosting rounds; default: the model's own")
     max_depth: int | None = Field(None, ge=1, description="longest path of a tree; default: the model's own")
@@ -223,6 +227,11 @@ class FitOptions(LabelValues, BankOptions, NetworkFitOptions):
         description="trees: also tune a dense CRF on the held-out slabs and keep it with the model, if it helps there",
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
+
+    @property
+    def row_balance(self) -> Balance:
+        """The balance of the rows that trees are trained on."""
+        return self.balance or "sqrt"
 
 
 class PredictOptions(ComputeOptions):

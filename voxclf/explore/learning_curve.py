@@ -205,7 +205,7 @@ def measure_learning_curve(
         label_set,
         n_training=options.samples,
         n_evaluation=N_EVALUATION,
-        balance=options.balance,
+        balance=options.row_balance,
         seed=options.seed,
         executor=executor,
     )
@@ -315,7 +315,7 @@ def _fit_trial(
         n_trees=options.trees or TREES,
         max_depth=options.max_depth,
         min_samples_leaf=options.min_samples_leaf,
-        sample_weight=row_weights(part.classes, target_shares(totals, options.balance)) if is_weighted else None,
+        sample_weight=row_weights(part.classes, target_shares(totals, options.row_balance)) if is_weighted else None,
     )
     held_out = rows.evaluation.take(trial.test)
     predicted = fitted.model.predict_probabilities(held_out.features).argmax(axis=0)

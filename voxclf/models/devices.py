@@ -8,6 +8,7 @@ for, the job is large, and the machine has an NVIDIA device.
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -223,6 +224,20 @@ def check_gpu(device: Literal["cuda", "mps"]) -> None:
         raise ValueError(
             f"--device was {device}, but torch finds no such GPU on this machine; use --device cpu or auto, or install "
             "the GPU's driver and a torch that was built for it"
+        )
+
+
+def warn_of_slow_precision(precision: Precision, device: str) -> None:
+    """Warn where bf16, which is asked for to be fast, is slow: on a CPU without instructions for it."""
+    if precision != "bf16" or device != "cpu":
+        return
+    import torch
+
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn(
+            "this processor has no instructions for bfloat16, so --precision bf16 takes several times as long as 32; "
+            "leave it out, or use a GPU or a processor with AMX or AVX512-BF16",
+            stacklevel=2,
         )
 
 

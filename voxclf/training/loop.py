@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from voxclf.config import NetworkFitOptions
 from voxclf.freed_memory import keep_freed_memory
-from voxclf.models.devices import check_gpu, sees
+from voxclf.models.devices import check_gpu, sees, warn_of_slow_precision
 from voxclf.models.memory_layout import use_channels_last
 from voxclf.models.subnormal_numbers import subnormals_as_zero
 from voxclf.models.torchvision_import import prepare_torchvision
@@ -270,6 +270,7 @@ def run_loop(
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = choose_accelerator(options.device)
+    warn_of_slow_precision(options.precision, accelerator)
     # On a CPU the cores are the network's; a GPU waits for windows unless several threads read them.
     n_reading = 0 if accelerator == "cpu" else max(1, min(8, n_threads))
     state = load_state(folder, task.network, None) or TrainingState()

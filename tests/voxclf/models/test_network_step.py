@@ -1,6 +1,7 @@
 """Networks as steps: memory, tiles, mirror images, removed padding, the certificate's log, and the model folder."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -174,6 +175,24 @@ def test_a_gpu_that_is_not_there(folder, monkeypatch):
     monkeypatch.setattr(devices, "sees", lambda device: False)
     with pytest.raises(ValueError, match="torch finds no such GPU"):
         make_step(load_model(folder), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "is_supported", "is_slow"),
+    [
+        ("bf16", "cpu", False, True),
+        ("bf16", "cpu", True, False),
+        ("bf16", "cuda", False, False),
+        ("32", "cpu", False, False),
+    ],
+)
+def test_a_processor_without_bfloat16_is_named(monkeypatch, precision, device, is_supported, is_slow):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        devices.warn_of_slow_precision(precision, device)
+    assert [("no instructions for bfloat16" in str(w.message)) for w in caught] == [True] * is_slow
 
 
 @pytest.mark.parametrize(
