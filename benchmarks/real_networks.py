@@ -9,6 +9,8 @@ same held-out labels as the forests of ``real_data.py``. A network gives up part
 
 - ``by patches``: trained on batches of patches, where all others are trained on slabs; ``as published``, with the
   published step size and weights of the classes too.
+- ``drawn by sqrt``: slabs as the patches, by the root of the classes' frequency; ``drawn equally``: patches as the
+  slabs. Isolates which windows are drawn.
 - ``dense windows``: slabs of 32² voxels by eights, all of which count; run only if named.
 
 Exact networks predict the scored slab, in float32 and, with ``--precision bf16``, in that too, to say how far it is.
@@ -106,7 +108,9 @@ USUAL_CASES = (
     _network("dilres", "--patch", "16", label="dilres, patch 16"),
     _network("dilres", "--patch", "16", label="dilres, patch 16, --tta", predict_options=("--tta",)),
     _network("dilres", "--patch", "5,64,64", label="dilres, patch 5,64,64"),
+    _network("4conv", "--balance", "sqrt", label="4conv, drawn by sqrt"),
     _network("4conv", "--sampling", "patches", label="4conv, by patches"),
+    _network("4conv", "--sampling", "patches", "--balance", "equal", label="4conv, by patches drawn equally"),
     Case("4conv", "4conv, by patches as published", (*PUBLISHED, "--sampling", "patches")),
     _network("4conv", "--patch", "5,64,64", label="4conv, patch 5,64,64"),
     _network(

@@ -24,6 +24,7 @@ from voxclf.models.patch_cnn import PatchNetwork, Shape
 from voxclf.models.registry import NETWORKS, NetworkInfo, build
 from voxclf.progress import last, silent
 from voxclf.sampling import survey_labels
+from voxclf.training import fit_torch
 from voxclf.training.fit_torch import Classification, crop_shape, plan_windows, train_network
 from voxclf.training.held_out import HeldOut
 from voxclf.training.training_plan import Plan, step_size_factor
@@ -94,7 +95,7 @@ class Job:
         options = self.options(**given)
         index = LabelIndex(WindowReader(self.volume, self.labels, self.inputs, self.label_set), self.survey)
         windows = plan_windows(network, info, options, self.volume)
-        sampler = WindowSampler(index, NOTHING_HELD_OUT, windows.drawn, options.batch, options.balance, options.seed)
+        sampler = WindowSampler(index, NOTHING_HELD_OUT, windows.drawn, options.batch, "sqrt", options.seed)
         return Classification(network, options, windows, sampler, index)
 
 
@@ -271,6 +272,23 @@ def test_same_seed_gives_the_same_network(job, tmp_path):
 
 def without_time(history):
     return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "given", "expected"),
+    [("slabs", None, "equal"), ("patches", None, "sqrt"), ("slabs", "labelled", "labelled")],
+)
+def test_slabs_are_drawn_around_all_classes_alike(job, tmp_path, monkeypatch, sampling, given, expected):
+    balances = []
+
+    def note_balance(*arguments):
+        sampler = WindowSampler(*arguments)
+        balances.append(sampler.balance)
+        return sampler
+
+    monkeypatch.setattr(fit_torch, "WindowSampler", note_balance)
+    job.train(tmp_path, steps=1, sampling=sampling, balance=given)
+    assert balances == [expected]
 
 
 @pytest.mark.parametrize("monitor", ["macro_f1", "loss"])
