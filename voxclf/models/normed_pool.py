@@ -212,49 +212,17 @@ def _take(values: Any, places: Any, target: Any) -> None:
 
 
 @_fast
-def _keep_larger(values: Any, number: Any, best: Any, numbers: Any) -> None:
-    for i in range(best.size):
-        wins = (values[i] > best[i]) | (number == 0)
-        best[i] = values[i] if wins else best[i]
-        numbers[i] = number if wins else numbers[i]
-
-
-@_fast
-def _compare_along_row(best: Any, numbers: Any, n_channels: int, kx: int) -> Any:
-    """Largest of every voxel of a row and the kx - 1 after it, for voxels whose ``numbers`` are those of a row."""
-    n = best.size - (kx - 1) * n_channels
-    found, numbers_found = best[:n].copy(), numbers[:n] * np.int32(kx)
-    for dx in range(1, kx):
-        others, numbers_of_others = best[dx * n_channels :], numbers[dx * n_channels :]
-        for i in range(n):
-            number = numbers_of_others[i] * np.int32(kx) + np.int32(dx)
-            wins = (others[i] > found[i]) | ((others[i] == found[i]) & (number < numbers_found[i]))
-            found[i] = others[i] if wins else found[i]
-            numbers_found[i] = number if wins else numbers_found[i]
-    return found, numbers_found
-
-
-@_fast
-def _find_extreme(
-    sign: Any, b: int, z: int, y: int, rows: Any, window: Any, n_channels: int, places: Any, extreme: Any, numbers: Any
-) -> None:
-    """For a row of windows the largest value of each, or the smallest for ``sign`` -1, and the number of its voxel.
-
-    Of equal values the first counts, as in torch.
-    """
-    kz, ky, kx = window
-    line, best = np.empty(rows.shape[3], np.float32), np.empty(rows.shape[3], np.float32)
-    in_column = np.empty(rows.shape[3], np.int32)
-    for r in range(kz * ky):
-        _widen(rows[b, z * kz + r // ky, y * ky + r % ky], line, line.view(np.uint32))
-        for i in range(line.size):
-            line[i] *= sign
-        _keep_larger(line, np.int32(r), best, in_column)
-    found, numbers_found = _compare_along_row(best, in_column, n_channels, kx)
-    _take(found, places, extreme)
-    _take(numbers_found, places, numbers)
-    for i in range(extreme.size):
-        extreme[i] *= sign
+def _keep_extremes(values: Any, number: Any, top: Any, of_top: Any, low: Any, of_low: Any) -> None:
+    """Largest and smallest value so far of each window, and its number; of equal ones the first counts, as in torch."""
+    # A loop for each: the compiler gives up on vector instructions where a loop has many arrays.
+    for i in range(top.size):
+        wins = (values[i] > top[i]) | (number == 0)
+        top[i] = values[i] if wins else top[i]
+        of_top[i] = number if wins else of_top[i]
+    for i in range(low.size):
+        wins = (values[i] < low[i]) | (number == 0)
+        low[i] = values[i] if wins else low[i]
+        of_low[i] = number if wins else of_low[i]
 
 
 @_fast
@@ -299,18 +267,21 @@ def _pool(
     b: int, rows: Any, pooled: Any, kept: Any, chosen: Any, scale: Any, offset: Any, kind: int, window: Any
 ) -> None:
     """Largest activated value of each window, the value it was made of (``kept``), and its voxel's number."""
-    n, n_channels = pooled.shape[3], scale.size
-    scales, offsets, places = _along_row(scale, n), _along_row(offset, n), _first_of_windows(n, n_channels, window[2])
+    (kz, ky, kx), n, n_channels = window, pooled.shape[3], scale.size
+    scales, offsets, places = _along_row(scale, n), _along_row(offset, n), _first_of_windows(n, n_channels, kx)
+    line, voxels = np.empty(rows.shape[3], np.float32), np.empty(n, np.float32)
     top, of_top = np.empty(n, np.float32), np.empty(n, np.int32)
     low, of_low = np.empty(n, np.float32), np.empty(n, np.int32)
     normalised, value, value_of_low = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     for z in range(pooled.shape[1]):
         for y in range(pooled.shape[2]):
-            _find_extreme(np.float32(1), b, z, y, rows, window, n_channels, places, top, of_top)
-            _find_extreme(np.float32(-1), b, z, y, rows, window, n_channels, places, low, of_low)
+            for r in range(kz * ky):
+                _widen(rows[b, z * kz + r // ky, y * ky + r % ky], line, line.view(np.uint32))
+                for dx in range(kx):
+                    _take(line[dx * n_channels :], places, voxels)
+                    _keep_extremes(voxels, np.int32(r * kx + dx), top, of_top, low, of_low)
             _activate(top, scales, offsets, kind, normalised, value)
             _activate(low, scales, offsets, kind, normalised, value_of_low)
-            # A loop for each result: the compiler gives up on vector instructions where a loop has many arrays.
             for i in range(n):
                 top[i] = low[i] if value_of_low[i] > value[i] else top[i]
             for i in range(n):
