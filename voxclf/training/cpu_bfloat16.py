@@ -74,7 +74,9 @@ def gradient_of_image(gradient: Tensor, image: Tensor, weight: Tensor, form: For
     """Gradient of the input of a convolution, (B, C, …)."""
     if max(form.stride) == 1 or (image.ndim == 4 and not form.is_transposed):
         return _backward(gradient, image, weight, None, *form, [True, False, False])[0]
-    return _backward(gradient.float(), image, weight.float(), None, *form, [True, False, False])[0].to(image.dtype)
+    # Of the image only the shape counts, but without instructions for bfloat16 all must have one dtype.
+    found = _backward(gradient.float(), image.float(), weight.float(), None, *form, [True, False, False])[0]
+    return found.to(image.dtype)
 
 
 def gradient_of_weight(gradient: Tensor, image: Tensor, weight: Tensor, form: Form) -> Tensor:
