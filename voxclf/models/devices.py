@@ -235,7 +235,7 @@ def warn_of_slow_precision(precision: Precision, device: str) -> None:
 
     if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         warnings.warn(
-            "this processor has no instructions for bfloat16, so --precision bf16 takes several times as long as 32; "
+            "this processor has no instructions for bfloat16, so --precision bf16 takes many times as long as 32; "
             "leave it out, or use a GPU or a processor with AMX or AVX512-BF16",
             stacklevel=2,
         )
