@@ -197,32 +197,59 @@ def _along_row(values: Any, n: int) -> Any:
 
 
 @_fast
-def _first_of_windows(n: int, n_channels: int, kx: int) -> Any:
-    """Where in a row of voxels the first of each window stands, for every number of a row of windows."""
-    places = np.empty(n, np.uint32)
-    for i in range(n):
-        places[i] = (i // n_channels) * kx * n_channels + i % n_channels
-    return places
-
-
-@_fast
 def _take(values: Any, places: Any, target: Any) -> None:
     for i in range(target.size):
         target[i] = values[places[i]]
 
 
+def _take_one_each(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
+    """Float32 of the first voxel of each window of a row; ``bits`` are those of ``line``."""
+
+
+@overload(_take_one_each)
+def _choose_take_one_each(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> Any:
+    # Voxel by voxel: gathering them by a list of places takes longer.
+    def from_half(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
+        for x in range(line.size // n_channels):
+            voxel, target = row[x * kx * n_channels :][:n_channels], bits[x * n_channels :][:n_channels]
+            for c in range(n_channels):
+                target[c] = np.uint32(voxel[c]) << np.uint32(16)
+
+    def from_single(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
+        for x in range(line.size // n_channels):
+            voxel, target = row[x * kx * n_channels :][:n_channels], line[x * n_channels :][:n_channels]
+            for c in range(n_channels):
+                target[c] = voxel[c]
+
+    return from_half if row.dtype == types.uint16 else from_single
+
+
+# Each number is read once, into a variable of its own, and one loop writes two arrays at most: else the compiler does
+# not make vector instructions of it, and it takes ten times as long.
+
+
 @_fast
-def _keep_extremes(values: Any, number: Any, top: Any, of_top: Any, low: Any, of_low: Any) -> None:
-    """Largest and smallest value so far of each window, and its number; of equal ones the first counts, as in torch."""
-    # A loop for each: the compiler gives up on vector instructions where a loop has many arrays.
-    for i in range(top.size):
-        wins = (values[i] > top[i]) | (number == 0)
-        top[i] = values[i] if wins else top[i]
-        of_top[i] = number if wins else of_top[i]
-    for i in range(low.size):
-        wins = (values[i] < low[i]) | (number == 0)
-        low[i] = values[i] if wins else low[i]
-        of_low[i] = number if wins else of_low[i]
+def _keep_largest(values: Any, number: Any, largest: Any, of_largest: Any) -> None:
+    """Largest value so far of each window, and its number; of equal ones the first counts, as in torch."""
+    for i in range(largest.size):
+        value, best = values[i], largest[i]
+        of_largest[i] = number if value > best else of_largest[i]
+        largest[i] = max(value, best)
+
+
+@_fast
+def _keep_smallest(values: Any, number: Any, smallest: Any, of_smallest: Any) -> None:
+    for i in range(smallest.size):
+        value, best = values[i], smallest[i]
+        of_smallest[i] = number if value < best else of_smallest[i]
+        smallest[i] = min(value, best)
+
+
+@_fast
+def _replace_where_larger(value: Any, than: Any, other: Any, target: Any) -> None:
+    for i in range(target.size):
+        v, t, o, kept = value[i], than[i], other[i], target[i]
+        target[i] = o if v > t else kept
 
 
 @_fast
@@ -268,27 +295,28 @@ def _pool(
 ) -> None:
     """Largest activated value of each window, the value it was made of (``kept``), and its voxel's number."""
     (kz, ky, kx), n, n_channels = window, pooled.shape[3], scale.size
-    scales, offsets, places = _along_row(scale, n), _along_row(offset, n), _first_of_windows(n, n_channels, kx)
-    line, voxels = np.empty(rows.shape[3], np.float32), np.empty(n, np.float32)
-    top, of_top = np.empty(n, np.float32), np.empty(n, np.int32)
-    low, of_low = np.empty(n, np.float32), np.empty(n, np.int32)
-    normalised, value, value_of_low = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    scales, offsets = _along_row(scale, n), _along_row(offset, n)
+    voxels, normalised = np.empty(n, np.float32), np.empty(n, np.float32)
+    top, of_top, value_of_top = np.empty(n, np.float32), np.empty(n, np.int32), np.empty(n, np.float32)
+    low, of_low, value_of_low = np.empty(n, np.float32), np.empty(n, np.int32), np.empty(n, np.float32)
     for z in range(pooled.shape[1]):
         for y in range(pooled.shape[2]):
+            top[:], low[:] = -np.inf, np.inf
+            of_top[:], of_low[:] = 0, 0
             for r in range(kz * ky):
-                _widen(rows[b, z * kz + r // ky, y * ky + r % ky], line, line.view(np.uint32))
+                row = rows[b, z * kz + r // ky, y * ky + r % ky]
                 for dx in range(kx):
-                    _take(line[dx * n_channels :], places, voxels)
-                    _keep_extremes(voxels, np.int32(r * kx + dx), top, of_top, low, of_low)
-            _activate(top, scales, offsets, kind, normalised, value)
+                    _take_one_each(row[dx * n_channels :], n_channels, kx, voxels, voxels.view(np.uint32))
+                    _keep_largest(voxels, np.int32(r * kx + dx), top, of_top)
+                    _keep_smallest(voxels, np.int32(r * kx + dx), low, of_low)
+            _activate(top, scales, offsets, kind, normalised, value_of_top)
             _activate(low, scales, offsets, kind, normalised, value_of_low)
+            _replace_where_larger(value_of_low, value_of_top, low, top)
+            _replace_where_larger(value_of_low, value_of_top, of_low, of_top)
+            _replace_where_larger(value_of_low, value_of_top, value_of_low, value_of_top)
             for i in range(n):
-                top[i] = low[i] if value_of_low[i] > value[i] else top[i]
-            for i in range(n):
-                chosen[b, z, y, i] = np.uint8(of_low[i] if value_of_low[i] > value[i] else of_top[i])
-            for i in range(n):
-                value[i] = value_of_low[i] if value_of_low[i] > value[i] else value[i]
-            _narrow(value, value.view(np.uint32), pooled[b, z, y])
+                chosen[b, z, y, i] = np.uint8(of_top[i])
+            _narrow(value_of_top, value_of_top.view(np.uint32), pooled[b, z, y])
             _narrow(top, top.view(np.uint32), kept[b, z, y])
 
 
