@@ -41,9 +41,10 @@ from voxclf.models.registry import NETWORKS, build
 from voxclf.progress import last
 from voxclf.sampling import survey_labels
 from voxclf.training.augment import build_augmentation
-from voxclf.training.fit_torch import DEFAULT_BATCH, Classification, plan_windows
+from voxclf.training.fit_torch import Classification
 from voxclf.training.held_out import HeldOut
 from voxclf.training.step_batches import as_tensors
+from voxclf.training.window_plan import plan_windows
 from voxclf.training.windows import LabelIndex, WindowReader, WindowSampler
 from voxclf.volume import create_volume, open_volume
 
@@ -76,8 +77,8 @@ CONTESTANTS = (
     Contestant("patches, plain", "patches", 64, is_tuned=False),
     Contestant("patches, tuned", "patches", 64),
     Contestant("patches, bf16", "patches", 64, precision="bf16"),
-    Contestant("slabs, every 4th", "slabs", DEFAULT_BATCH["slabs"]),
-    Contestant("slabs, every 4th, bf16", "slabs", DEFAULT_BATCH["slabs"], precision="bf16"),
+    Contestant("slabs, every 4th", "slabs", 12, window=17),
+    Contestant("slabs, every 4th, bf16", "slabs", 12, window=17, precision="bf16"),
     Contestant("slabs, dense 32²", "slabs", 8, window=32, spacing=1),
     Contestant("slabs, dense 32², bf16", "slabs", 8, window=32, spacing=1, precision="bf16"),
     Contestant("slabs, dense 64², bf16", "slabs", 2, window=64, spacing=1, precision="bf16"),
@@ -122,7 +123,7 @@ def make_task(network_name, contestant, volume, labels):
     if contestant.is_tuned:
         use_channels_last(network)
     index = LabelIndex(WindowReader(volume, labels, NetworkInput.measure(volume), label_set), survey)
-    windows = plan_windows(network, NETWORKS[network_name], options, volume)
+    (windows,) = plan_windows(network, NETWORKS[network_name], options, volume)
     augment = build_augmentation("patch", VOXEL_SIZE)
     sampler = WindowSampler(index, NOTHING_HELD_OUT, windows.drawn, contestant.batch, "sqrt", 0, augment)
     return Classification(network, options, windows, sampler, index)

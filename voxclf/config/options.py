@@ -161,11 +161,12 @@ class NetworkFitOptions(ComputeOptions):
         description="train on windows of labelled slices (the same gradient, 10 to 100 times the voxels) or "
         "on single patches",
     )
-    batch: int | None = Field(None, ge=1, description="windows or patches per step; default: chosen for the sampling")
+    batch: int | None = Field(None, ge=1, description="windows or patches per step; default: what suits the sampling")
     window: int | None = Field(
         None,
         ge=1,
-        description="side of a training window, voxels; default: 17 for slabs, for crops what suits the network",
+        description="side of a training window, voxels; default: for slabs 17, or 33 and fewer of them where "
+        "classes do not lie in clumps; for crops what suits the network",
     )
     spacing: int = Field(
         4,

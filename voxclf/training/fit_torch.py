@@ -8,7 +8,6 @@ segmenters on crops. Unlabelled voxels never count.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from voxclf.config import Balance, FitOptions
-from voxclf.geometry import Region, VoxelSize, Zyx, round_up
+from voxclf.geometry import Region
 from voxclf.labels import LabelSet
 from voxclf.metrics.cells import CellGrid, CellTables
 from voxclf.metrics.voxelwise import score_block, score_tables
-from voxclf.models.dense import DenseNetwork, densify, inspect_geometry
+from voxclf.models.dense import DenseNetwork, densify
 from voxclf.models.dense_simplify import NormedPool
 from voxclf.models.network_inputs import NetworkInput
 from voxclf.models.registry import NetworkInfo
-from voxclf.models.segmenter import ISOTROPIC_WITHIN
 from voxclf.models.subnormal_numbers import subnormals_as_zero
 from voxclf.progress import Progress, last, silent
 from voxclf.sampling import LabelSurvey
@@ -39,32 +37,20 @@ from voxclf.training.losses import build_loss
 from voxclf.training.pretrain import load_pretrained
 from voxclf.training.scored_windows import ScoredWindow, list_scored_windows, scored_batches
 from voxclf.training.volume_memory import remember
+from voxclf.training.window_plan import WindowPlan, choose_windows, plan_windows
 from voxclf.training.windows import (
     LabelIndex,
     WindowBatch,
-    WindowForm,
     WindowReader,
     WindowSampler,
     count_drawn,
-    crop_form,
     loss_weights,
-    patch_form,
-    slab_forms,
-    window_side,
 )
 from voxclf.volume import Volume
 
 IMAGE_MEMORY = 2**30
 """Bytes of image kept around the labels; more labels than fit are read again."""
 LABEL_MEMORY = 2**27
-CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
-"""Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
-SLAB_SIDE = 17
-"""Side of a training slab, voxels. Each voxel of a larger one is cheaper, but what a step learns depends on how many
-places it looks at: with a dozen small slabs, several classes are learned sooner, and alike from other seeds."""
-SCORED_SIDE = 64
-"""Side of a slab that is only scored."""
-DEFAULT_BATCH = {"slabs": 12, "patches": 64, "crops": 2}
 DEFAULT_BALANCE: dict[str, Balance] = {"slabs": "equal", "patches": "sqrt", "crops": "sqrt"}
 """A slab shows a voxel's neighbours too, most of them of frequent classes, so it need not be drawn around those: drawn
 equally, three times as many slabs hold a synapse of vnc. The weights of the loss make up for what is drawn."""
@@ -85,8 +71,6 @@ SLAB_ROUND_STEPS = 500
 """Steps between two validations of training on slabs, which are quick."""
 FINAL_PART = 2 / 3
 """Part of the training after which --final-patch is used: 20,000 of 30,000 steps in the MitoEM winner's."""
-CROP_MARGIN = 8
-"""A scored crop of a segmenter gives its labels up to an eighth of its length from its faces: context lacks there."""
 
 
 @dataclass(frozen=True)
@@ -170,29 +154,26 @@ def train_network(
     for one step.
     """
     reader = WindowReader(remember(volume, IMAGE_MEMORY), remember(labels, LABEL_MEMORY), inputs, label_set)
-    shapes = plan_windows(network, info, options, volume)
+    plans = plan_windows(network, info, options, volume)
     if options.init is not None:
         load_pretrained(network, Path(options.init))
     counted = count_along_axes(reader.labels, survey, label_set)
     counts = last(progress("split labels", counted, len(survey.boxes), "box"))
-    held_out = choose_held_out(counts, shapes.sight, label_set.names)
+    held_out = choose_held_out(counts, plans[0].sight, label_set.names)
     training, validation = (
         LabelIndex(reader, part) for part in held_out.split(survey, reader.labels, options.unlabelled)
     )
-    sampler = WindowSampler(
-        training,
-        held_out,
-        shapes.drawn,
-        options.batch or DEFAULT_BATCH[shapes.kind],
-        options.balance or DEFAULT_BALANCE[shapes.kind],
-        options.seed,
-        None if options.augment == "none" else build_augmentation(options.augment, volume.voxel_size_nm),
-    )
-    task = Classification(network, options, shapes, sampler, validation)
+    balance = options.balance or DEFAULT_BALANCE[plans[0].kind]
+    augment = None if options.augment == "none" else build_augmentation(options.augment, volume.voxel_size_nm)
+    samplers = [
+        WindowSampler(training, held_out, plan.drawn, plan.batch, balance, options.seed, augment) for plan in plans
+    ]
+    plan, sampler = choose_windows(plans, samplers)
+    task = Classification(network, options, plan, sampler, validation)
     _compile(task, progress)
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
     network.eval()
-    n_scored = SCORED_VOXELS[shapes.scored_kind]
+    n_scored = SCORED_VOXELS[plan.scored_kind]
     n_naive = min(n_scored, NAIVE_SCORED)
     return TrainedNetwork(
         network=network.cpu(),
@@ -215,85 +196,6 @@ def _compile(task: Classification, progress: Progress) -> None:
 
         dtype = torch.bfloat16 if task.options.precision == "bf16" else torch.float32
         last(progress("compile", map(compile_for, [dtype]), 1, "layer"))
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """Which windows a network is trained and scored on.
-
-    Parameters
-    ----------
-    kind, scored_kind : "slabs", "patches" or "crops"
-    drawn, scored : tuple of WindowForm
-    sight : (z, y, x)
-        How far the network sees, from end to end.
-    final : tuple of WindowForm
-        What is drawn in the last third of the training, where that is something else.
-    """
-
-    kind: str
-    drawn: tuple[WindowForm, ...]
-    scored_kind: str
-    scored: tuple[WindowForm, ...]
-    sight: Zyx
-    final: tuple[WindowForm, ...] = ()
-
-
-def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, volume: Volume) -> WindowPlan:
-    """Choose the windows for a network."""
-    if info.kind == "segmenter":
-        shape = options.patch or crop_shape(network, options.window, volume.voxel_size_nm)
-        return _plan_crops(shape, options.final_patch)
-    patch: Zyx = tuple(network.patch)
-    if not info.is_exact:
-        form = (patch_form(patch),)
-        return WindowPlan("patches", form, "patches", form, patch)
-    geometry = inspect_geometry(network, patch)
-    sight = geometry.receptive_field
-    scored = slab_forms(patch, sight, window_side(SCORED_SIDE, volume.voxel_size_nm))
-    if options.sampling == "patches":
-        return WindowPlan("patches", (patch_form(patch),), "slabs", scored, sight)
-    z, y, x = (math.gcd(stride, options.spacing) for stride in geometry.strides)
-    side = window_side(options.window or SLAB_SIDE, volume.voxel_size_nm)
-    return WindowPlan("slabs", slab_forms(patch, sight, side, (z, y, x)), "slabs", scored, sight)
-
-
-def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:
-    """Shape of a segmenter's training crops, a multiple of its divisor.
-
-    Parameters
-    ----------
-    network : Segmenter
-        A network of sections has ``section_axes``; if it cuts along one axis only, its crops are single sections.
-    side : int, optional
-        Along the finest axis, voxels; the same length in nm along the others. By default one that trains on two cores,
-        twice as wide as thick where sections are thick.
-    voxel_size_nm : (z, y, x)
-    """
-    sections = getattr(network, "section_axes", (0, 1, 2))
-    is_flat = len(sections) == 1
-    thick = [size >= ISOTROPIC_WITHIN * min(voxel_size_nm) for size in voxel_size_nm]
-    widest = FLAT_CROP_SIDE if is_flat else SECTION_SIDE if any(thick) else CROP_SIDE
-    across, within = window_side(side or CROP_SIDE, voxel_size_nm), window_side(side or widest, voxel_size_nm)
-    shape = []
-    for axis, divisor in enumerate(network.divisor):
-        if is_flat and axis in sections:
-            shape.append(1)
-        elif thick[axis]:
-            shape.append(round_up(across[axis], divisor))
-        else:  # two or more at the coarsest level: batch norm needs several voxels there
-            shape.append(max(round_up(within[axis], divisor), 2 * divisor))
-    z, y, x = shape
-    return z, y, x
-
-
-def _plan_crops(shape: Zyx, final: Zyx | None) -> WindowPlan:
-    z, y, x = (n // CROP_MARGIN for n in shape)
-    # How far a segmenter sees in effect is less than its crop; half of it parts what was held out well enough.
-    sight_z, sight_y, sight_x = (-(-n // 2) for n in shape)
-    scored = (crop_form(shape, (z, y, x)),)
-    later = () if final is None else (crop_form(final),)
-    return WindowPlan("crops", (crop_form(shape),), "crops", scored, (sight_z, sight_y, sight_x), later)
 
 
 class Classification(Task):

@@ -379,6 +379,22 @@ class WindowSampler:
         form, starts = self._place(np.random.default_rng([self.seed, step]))
         return np.stack([self.forms[form].pick(self._target(form, start)) for start in starts])
 
+    def labels_worth(self, n_windows: int) -> float:
+        """What labels of windows are worth, per voxel of the windows' image; reads labels only.
+
+        Labels drawn one by one that would tell as much (:func:`effective_count`), of about ``n_windows`` windows.
+        """
+        counts, n_image = [], 0
+        for step in range(-(-n_windows // self.n_windows)):
+            form, starts = self._place(np.random.default_rng([self.seed, step]))
+            counts += [self._count(form, start) for start in starts]
+            n_image += len(starts) * math.prod(self.forms[form].image_shape)
+        return effective_count(np.array(counts)) / n_image
+
+    def _count(self, form: int, start: Zyx) -> np.ndarray:
+        target = self.forms[form].pick(self._target(form, start))
+        return np.bincount(target[target >= 0], minlength=self.index.reader.label_set.n_classes)
+
     def _place(self, rng: np.random.Generator) -> tuple[int, list[Zyx]]:
         """Choose a form and where its windows start."""
         voxel, good = self._draw_voxel(rng)
@@ -427,6 +443,33 @@ def count_drawn(sampler: WindowSampler, n_steps: int) -> np.ndarray:
         target = sampler.draw_targets(step)
         counts += np.bincount(target[target >= 0], minlength=K)
     return counts
+
+
+def effective_count(counts: np.ndarray) -> float:
+    """How many labels, drawn one by one, would tell the classes' shares as surely as the labels of some windows.
+
+    Labels of one window are alike: of classes in clumps that fill a window, all its labels tell no more than one. This
+    is the number of labels, divided by the design effect of a sample in clusters (Kish 1965, Survey Sampling, section
+    8.2).
+
+    Parameters
+    ----------
+    counts : ndarray of int, shape (W, K)
+        Labels of each class in each window.
+
+    Returns
+    -------
+    float
+        Mean over classes; at most the number of labels.
+    """
+    total = counts.sum()
+    share = counts.sum(axis=0) / max(1, total)
+    of_class, share = (a[..., (share > 0) & (share < 1)] for a in (counts, share))
+    if share.size == 0:
+        return float(total)
+    scatter = np.square(of_class - counts.sum(axis=1, keepdims=True) * share).sum(axis=0)
+    scatter_alone = share * (1 - share) * total  # of labels drawn one by one
+    return float((total * scatter_alone / np.maximum(scatter, scatter_alone)).mean())
 
 
 def loss_weights(totals: np.ndarray, balance: Balance, drawn: np.ndarray) -> np.ndarray:

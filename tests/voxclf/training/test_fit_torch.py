@@ -25,10 +25,11 @@ from voxclf.models.registry import NETWORKS, NetworkInfo, build
 from voxclf.progress import last, silent
 from voxclf.sampling import survey_labels
 from voxclf.training import fit_torch
-from voxclf.training.fit_torch import Classification, crop_shape, plan_windows, train_network
+from voxclf.training.fit_torch import Classification, train_network
 from voxclf.training.held_out import HeldOut
 from voxclf.training.training_plan import Plan, step_size_factor
 from voxclf.training.training_state import STATE_FILE, TrainingState, load_state
+from voxclf.training.window_plan import choose_windows, crop_shape, plan_windows
 from voxclf.training.windows import LabelIndex, WindowBatch, WindowReader, WindowSampler
 
 SHAPE = (26, 48, 50)
@@ -94,7 +95,7 @@ class Job:
         """The task as train_network makes it, with nothing held out."""
         options = self.options(**given)
         index = LabelIndex(WindowReader(self.volume, self.labels, self.inputs, self.label_set), self.survey)
-        windows = plan_windows(network, info, options, self.volume)
+        windows = plan_windows(network, info, options, self.volume)[0]
         sampler = WindowSampler(index, NOTHING_HELD_OUT, windows.drawn, options.batch, "sqrt", options.seed)
         return Classification(network, options, windows, sampler, index)
 
@@ -289,6 +290,31 @@ def test_slabs_are_drawn_around_all_classes_alike(job, tmp_path, monkeypatch, sa
     monkeypatch.setattr(fit_torch, "WindowSampler", note_balance)
     job.train(tmp_path, steps=1, sampling=sampling, balance=given)
     assert balances == [expected]
+
+
+@pytest.mark.parametrize(
+    ("length", "given", "batch", "side"),
+    [
+        (4, {}, 4, 33),
+        (64, {}, 12, 17),
+        (4, {"batch": 7}, 7, 33),
+        (4, {"window": 21}, 12, 21),
+        (64, {"window": 21, "batch": 2}, 2, 21),
+        (4, {"sampling": "patches"}, 64, 1),
+    ],
+)
+def test_slabs_are_small_where_classes_lie_in_clumps(save_volume, length, given, batch, side):
+    _, y, x = np.indices((4, 128, 128)) // length
+    labels = save_volume((1 + (y + x) % 2).astype(np.uint8), "labels.zarr", "labels", voxel_size_nm=(50.0, 5.0, 5.0))
+    volume = save_volume(np.zeros((4, 128, 128), np.uint8), voxel_size_nm=(50.0, 5.0, 5.0))
+    survey = last(survey_labels(labels, 0)).total
+    index = LabelIndex(WindowReader(volume, labels, NetworkInput.measure(volume), LabelSet.from_ids([1, 2])), survey)
+    options = FitConfig(volume="v", labels="l", output="o", model="4conv", **given)
+    plans = plan_windows(build("4conv", 2, (3, 32, 32)), NETWORKS["4conv"], options, volume)
+    samplers = [WindowSampler(index, NOTHING_HELD_OUT, plan.drawn, plan.batch, "equal", 0) for plan in plans]
+    plan, sampler = choose_windows(plans, samplers)
+    assert (plan.batch, plan.drawn[0].target) == (batch, (1, side, side))
+    assert (sampler.n_windows, sampler.forms) == (plan.batch, plan.drawn)
 
 
 @pytest.mark.parametrize("monitor", ["macro_f1", "loss"])
@@ -496,7 +522,7 @@ def test_rounds_are_a_part_of_the_time_however_quick_the_steps():
 
 
 def test_slow_scoring_is_cut_short(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("voxclf.training.fit_torch.SCORED_SIDE", 6)  # many windows
+    monkeypatch.setattr("voxclf.training.window_plan.SCORED_SIDE", 6)  # many windows
     whole = job.train(tmp_path / "whole", steps=2)
     monkeypatch.setattr("voxclf.training.fit_torch.LEAST_SCORING_S", 0.0)
     monkeypatch.setattr("voxclf.training.fit_torch.SCORING_PART", 0.0)

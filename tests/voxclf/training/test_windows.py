@@ -20,6 +20,7 @@ from voxclf.training.windows import (
     WindowSampler,
     count_drawn,
     crop_form,
+    effective_count,
     loss_weights,
     patch_form,
     slab_forms,
@@ -348,3 +349,28 @@ def test_remembered_volume_is_mirrored_like_any_other(save_volume, cells):
 )
 def test_cells_are_whole_chunks_where_those_are_small(chunk, cell):
     assert cell_shape(chunk) == cell
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([[4, 0], [0, 4]], 2.0),  # all of a window alike: as many as windows
+        ([[2, 2], [2, 2]], 8.0),  # every window like the whole: no more than there are labels
+        ([[3, 1], [1, 3]], 8.0),  # scatter as of labels drawn one by one: 2 · 1² = 8 · 1/4
+        ([[8, 0], [2, 2]], 12 * (12 * 10 / 12 * 2 / 12) / (2 * (8 - 8 * 10 / 12) ** 2)),
+        ([[4, 0, 0], [0, 4, 0]], 2.0),  # a class that was not drawn tells nothing
+        ([[5], [3]], 8.0),
+    ],
+)
+def test_alike_labels_of_a_window_tell_less(counts, expected):
+    assert effective_count(np.array(counts)) == pytest.approx(expected)
+
+
+def test_effective_count_is_that_of_the_shares_variance():
+    """Simulated: the variance of an estimated share over repetitions is p (1 − p) / effective count."""
+    rng = np.random.default_rng(0)
+    shares = rng.beta(0.5, 0.5, (400, 300))
+    positive = rng.binomial(20, shares)
+    estimates = positive.sum(axis=1) / (300 * 20)
+    found = np.mean([effective_count(np.stack([p, 20 - p], axis=1)) for p in positive])
+    assert found == pytest.approx(0.25 / estimates.var(), rel=0.15)
