@@ -11,6 +11,7 @@ same held-out labels as the forests of ``real_data.py``. A network gives up part
   published step size and weights of the classes too.
 - ``drawn by sqrt``: slabs as the patches, by the root of the classes' frequency; ``drawn equally``: patches as the
   slabs. Isolates which windows are drawn.
+- ``many small slabs``, ``few large slabs``: what fit chooses between, by the labels; run only if named.
 - ``dense windows``: slabs of 32² voxels by eights, all of which count; run only if named.
 
 Exact networks predict the scored slab, in float32 and, with ``--precision bf16``, in that too, to say how far it is.
@@ -18,6 +19,7 @@ Padded ones cannot, and are scored patch by patch on ``--patches`` voxels drawn 
 F1 to about 0.01.
 
 vnc, flyem: three labelled slices, as in ``real_data.py``. vnc_12: all twelve training slices. flyem_all: all 120.
+cdeep3m_mito: twelve slices. isbi2012: three.
 
 Run: ``python benchmarks/real_networks.py --data DATA --time 5m`` (rows are kept in ``--kept`` as they finish, and a row
 that is there is not run again, so it can be cut short, and several can fill one file at once); ``--only vnc,flyem``,
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_data import DATASETS, Dataset, default_data_folder, locate_flyem_all, locate_vnc
+from real_data import DATASETS, Dataset, default_data_folder, locate_flyem_all, locate_vnc, split_labels
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 from voxclf.models.registry import NETWORKS
@@ -90,6 +92,7 @@ class Case:
         return not self.is_network or NETWORKS[self.model].is_exact
 
 
+SLABS = {"many small slabs": ("--window", "17", "--batch", "12"), "few large slabs": ("--window", "33", "--batch", "4")}
 DENSE_WINDOWS = ("--spacing", "1", "--window", "32", "--batch", "8")
 
 
@@ -133,6 +136,7 @@ USUAL_CASES = (
 )
 CASES = (
     *USUAL_CASES,
+    *(_network("4conv", *options, label=f"4conv, {name}") for name, options in SLABS.items()),
     *(
         replace(case, name=f"{case.name}, dense windows", options=(*DENSE_WINDOWS, *case.options))
         for case in USUAL_CASES
@@ -147,7 +151,26 @@ def locate(name: str, data: Path, scratch: Path) -> Dataset:
         return replace(locate_vnc(data, scratch), name=name, labels=data / "vnc" / "labels_train.tif")
     if name == "flyem_all":
         return locate_flyem_all(data, scratch)
+    if name == "isbi2012":
+        return prepare_isbi2012(data, scratch)
     return DATASETS[name](data, scratch)
+
+
+def prepare_isbi2012(data: Path, folder: Path) -> Dataset:
+    """Serial-section TEM of fly larva; its labels are split into three slices to train on and a slab to score on."""
+    source = data / "isbi2012"
+    training, validation = split_labels(source / "labels_train.tif", slice(0, 3), slice(16, 24), folder / "isbi2012")
+    return Dataset(
+        "isbi2012",
+        source / "raw.tif",
+        training,
+        validation,
+        (50.0, 4.0, 4.0),
+        ("interior", "membrane"),
+        (16, 24),
+        2,
+        (1.0, 2.0, 4.0),
+    )
 
 
 def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -295,7 +318,7 @@ def write_table(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=default_data_folder())
-    parser.add_argument("--only", default="vnc,flyem", help="vnc, vnc_12, flyem, flyem_all")
+    parser.add_argument("--only", default="vnc,flyem", help="vnc, vnc_12, flyem, flyem_all, cdeep3m_mito, isbi2012")
     parser.add_argument("--cases", help="names of rows, separated by semicolons; default: all")
     parser.add_argument("--time", default="5m", help="training time of a network")
     parser.add_argument("--precision", default="bf16", choices=["32", "bf16"], help="of training; see above")
