@@ -43,7 +43,6 @@ from voxclf.training.windows import (
     WindowBatch,
     WindowReader,
     WindowSampler,
-    count_drawn,
     loss_weights,
 )
 from voxclf.volume import Volume
@@ -168,7 +167,7 @@ def train_network(
     samplers = [
         WindowSampler(training, held_out, plan.drawn, plan.batch, balance, options.seed, augment) for plan in plans
     ]
-    plan, sampler = choose_windows(plans, samplers)
+    plan, sampler = choose_windows(plans, samplers, progress)
     task = Classification(network, options, plan, sampler, validation)
     _compile(task, progress)
     state = run_loop(task, options, options.seed, folder, n_threads, progress, "train")
@@ -229,7 +228,8 @@ class Classification(Task):
         self.final_sampler = replace(sampler, forms=plan_of_windows.final) if plan_of_windows.final else sampler
         self.held_out = held_out
         self.n_classes = held_out.reader.label_set.n_classes
-        weights = loss_weights(sampler.index.totals, options.class_weights, count_drawn(sampler, COUNTED_STEPS))
+        drawn = np.sum([counts.sum(axis=0) for counts, _ in sampler.count_labels(COUNTED_STEPS)], axis=0)
+        weights = loss_weights(sampler.index.totals, options.class_weights, drawn)
         parameters = {"gamma": options.gamma} if options.loss == "focal" else {}
         self.loss = build_loss(options.loss, self.n_classes, torch.from_numpy(weights), **parameters)
         # In plain dictionaries, so that the parameters these share with the network are not registered again.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from voxclf.config import FitOptions
@@ -14,10 +15,12 @@ from voxclf.geometry import VoxelSize, Zyx, round_up
 from voxclf.models.dense import inspect_geometry
 from voxclf.models.registry import NetworkInfo
 from voxclf.models.segmenter import ISOTROPIC_WITHIN
+from voxclf.progress import Progress, silent
 from voxclf.training.windows import (
     WindowForm,
     WindowSampler,
     crop_form,
+    effective_count,
     patch_form,
     slab_forms,
     window_side,
@@ -90,13 +93,23 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
     return tuple(plans)
 
 
-def choose_windows(plans: Sequence[WindowPlan], samplers: Sequence[WindowSampler]) -> tuple[WindowPlan, WindowSampler]:
+def choose_windows(
+    plans: Sequence[WindowPlan], samplers: Sequence[WindowSampler], progress: Progress = silent
+) -> tuple[WindowPlan, WindowSampler]:
     """The plan that suits the labels, and its sampler. Reads labels only, for about a second."""
     if len(plans) == 1:
         return plans[0], samplers[0]
-    many, few = (sampler.labels_worth(COMPARED_WINDOWS) for sampler in samplers)
+    many, few = (_labels_worth(sampler, progress) for sampler in samplers)
     chosen = int(few >= FEW_FROM * many)
     return plans[chosen], samplers[chosen]
+
+
+def _labels_worth(sampler: WindowSampler, progress: Progress) -> float:
+    """How many labels, drawn one by one, those of windows are worth per voxel of the windows' image."""
+    n_steps = -(-COMPARED_WINDOWS // sampler.n_windows)
+    counted = progress("choose windows", sampler.count_labels(n_steps), n_steps, "step")
+    counts, n_image = zip(*counted, strict=True)
+    return effective_count(np.concatenate(counts)) / sum(n_image)
 
 
 def crop_shape(network: Any, side: int | None, voxel_size_nm: VoxelSize) -> Zyx:

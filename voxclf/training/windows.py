@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import NamedTuple
@@ -374,22 +374,15 @@ class WindowSampler:
         ]
         return WindowBatch.of(windows, form, starts)
 
-    def draw_targets(self, step: int) -> np.ndarray:
-        """The labels of :meth:`draw` before augmentation, without reading the image; (B, ...)."""
-        form, starts = self._place(np.random.default_rng([self.seed, step]))
-        return np.stack([self.forms[form].pick(self._target(form, start)) for start in starts])
+    def count_labels(self, n_steps: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Labels of each class in each window of the first steps, (B, K), and voxels of image in the windows.
 
-    def labels_worth(self, n_windows: int) -> float:
-        """What labels of windows are worth, per voxel of the windows' image; reads labels only.
-
-        Labels drawn one by one that would tell as much (:func:`effective_count`), of about ``n_windows`` windows.
+        Reads labels only.
         """
-        counts, n_image = [], 0
-        for step in range(-(-n_windows // self.n_windows)):
+        for step in range(n_steps):
             form, starts = self._place(np.random.default_rng([self.seed, step]))
-            counts += [self._count(form, start) for start in starts]
-            n_image += len(starts) * math.prod(self.forms[form].image_shape)
-        return effective_count(np.array(counts)) / n_image
+            counts = np.stack([self._count(form, start) for start in starts])
+            yield counts, len(starts) * math.prod(self.forms[form].image_shape)
 
     def _count(self, form: int, start: Zyx) -> np.ndarray:
         target = self.forms[form].pick(self._target(form, start))
@@ -435,16 +428,6 @@ class WindowSampler:
         return np.where(self.held_out.may_train(region), classes, UNLABELLED_INDEX)
 
 
-def count_drawn(sampler: WindowSampler, n_steps: int) -> np.ndarray:
-    """Labelled voxels of each class in the windows of the first steps, (K,); reads labels only."""
-    K = sampler.index.reader.label_set.n_classes
-    counts = np.zeros(K, np.int64)
-    for step in range(n_steps):
-        target = sampler.draw_targets(step)
-        counts += np.bincount(target[target >= 0], minlength=K)
-    return counts
-
-
 def effective_count(counts: np.ndarray) -> float:
     """How many labels, drawn one by one, would tell the classes' shares as surely as the labels of some windows.
 
@@ -481,7 +464,7 @@ def loss_weights(totals: np.ndarray, balance: Balance, drawn: np.ndarray) -> np.
         Labelled voxels per class.
     balance : "sqrt", "equal" or "labelled"
     drawn : ndarray of int, shape (K,)
-        Labelled voxels per class in a sample of training windows, from :func:`count_drawn`.
+        Labelled voxels per class in a sample of training windows.
 
     Returns
     -------

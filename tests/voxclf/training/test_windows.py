@@ -18,7 +18,6 @@ from voxclf.training.windows import (
     LabelIndex,
     WindowReader,
     WindowSampler,
-    count_drawn,
     crop_form,
     effective_count,
     loss_weights,
@@ -170,10 +169,18 @@ def test_same_seed_and_step_draw_the_same(make_index, sparse_labels):
     assert not np.array_equal(other.starts, again.draw(7).starts) or other.form != again.draw(7).form
 
 
+def test_labels_are_counted_as_they_are_drawn(make_index, sparse_labels):
+    sampler = sampler_of(make_index(sparse_labels), slab_forms(PATCH, SIGHT, (5, 9, 11)))
+    for step, (counts, n_image) in enumerate(sampler.count_labels(4)):
+        batch = sampler.draw(step)
+        assert counts.tolist() == [[(target == k).sum() for k in range(3)] for target in batch.targets]
+        assert n_image == batch.images[:, 0].size
+
+
 @pytest.mark.parametrize("balance", ["equal", "sqrt", "labelled"])
 def test_patches_follow_the_shares_asked_for(make_index, sparse_labels, balance):
     sampler = sampler_of(make_index(sparse_labels), (patch_form(PATCH),), 200, balance)
-    drawn = count_drawn(sampler, 10)
+    drawn = sum(counts.sum(axis=0) for counts, _ in sampler.count_labels(10))
     totals = np.bincount(sparse_labels[sparse_labels > 0] - 1, minlength=3)
     wanted = {"labelled": totals, "sqrt": np.sqrt(totals), "equal": np.ones(3)}[balance]
     np.testing.assert_allclose(drawn / drawn.sum(), wanted / wanted.sum(), atol=0.04)
