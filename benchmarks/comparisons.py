@@ -31,7 +31,7 @@ from real_data import (
     locate_flyem_all,
     locate_vnc,
     prepare_cdeep3m,
-    split_labels,
+    prepare_isbi2012,
 )
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
@@ -74,23 +74,6 @@ class Study:
     models: str
 
 
-def prepare_isbi(data: Path, folder: Path) -> Dataset:
-    """Serial sections of Drosophila; the last of the labelled slices are scored on."""
-    source = data / "isbi2012"
-    training, validation = split_labels(source / "labels_train.tif", slice(0, 16), slice(19, 24), folder / "isbi2012")
-    return Dataset(
-        "isbi2012",
-        source / "raw.tif",
-        training,
-        validation,
-        (50.0, 4.0, 4.0),
-        ("interior", "membrane"),
-        (19, 24),
-        2,
-        (1.0, 2.0, 4.0, 8.0, 16.0),
-    )
-
-
 STUDIES = {
     "vnc": Study(
         "vnc: serial sections, five classes, three labelled slices",
@@ -100,7 +83,7 @@ STUDIES = {
     "cdeep3m_mito": Study(
         "cdeep3m_mito: mitochondria, twelve labelled slices", prepare_cdeep3m, f"{FORESTS},{CRF},{NETWORKS}"
     ),
-    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi, f"{FORESTS},{NETWORKS}"),
+    "isbi2012": Study("isbi2012: membranes, sixteen labelled slices", prepare_isbi2012, f"{FORESTS},{NETWORKS}"),
     "vnc_longer": Study("vnc: what more time brings", locate_vnc, f"random_forest,unet2d:encoder=plain{WIDTH}"),
     "losses": Study(
         "Losses on cdeep3m_mito",

@@ -189,6 +189,24 @@ def prepare_cdeep3m(data: Path, folder: Path) -> Dataset:
     )
 
 
+def prepare_isbi2012(
+    data: Path, folder: Path, training: slice = slice(0, 16), validation: slice = slice(19, 24)
+) -> Dataset:
+    """Serial sections of Drosophila; the last of the labelled slices are scored on."""
+    source = data / "isbi2012"
+    files = split_labels(source / "labels_train.tif", training, validation, folder / "isbi2012")
+    return Dataset(
+        "isbi2012",
+        source / "raw.tif",
+        *files,
+        (50.0, 4.0, 4.0),
+        ("interior", "membrane"),
+        (validation.start, validation.stop),
+        2,
+        (1.0, 2.0, 4.0, 8.0, 16.0),
+    )
+
+
 DATASETS: dict[str, Callable[[Path, Path], Dataset]] = {
     "vnc": locate_vnc,
     "flyem": locate_flyem,

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_data import DATASETS, Dataset, default_data_folder, locate_flyem_all, locate_vnc, split_labels
+from real_data import DATASETS, Dataset, default_data_folder, locate_flyem_all, locate_vnc, prepare_isbi2012
 from record import RESULTS, describe_run, markdown_table, publish, run_voxclf
 
 from voxclf.models.registry import NETWORKS
@@ -152,25 +152,8 @@ def locate(name: str, data: Path, scratch: Path) -> Dataset:
     if name == "flyem_all":
         return locate_flyem_all(data, scratch)
     if name == "isbi2012":
-        return prepare_isbi2012(data, scratch)
+        return prepare_isbi2012(data, scratch, slice(0, 3), slice(16, 24))
     return DATASETS[name](data, scratch)
-
-
-def prepare_isbi2012(data: Path, folder: Path) -> Dataset:
-    """Serial-section TEM of fly larva; its labels are split into three slices to train on and a slab to score on."""
-    source = data / "isbi2012"
-    training, validation = split_labels(source / "labels_train.tif", slice(0, 3), slice(16, 24), folder / "isbi2012")
-    return Dataset(
-        "isbi2012",
-        source / "raw.tif",
-        training,
-        validation,
-        (50.0, 4.0, 4.0),
-        ("interior", "membrane"),
-        (16, 24),
-        2,
-        (1.0, 2.0, 4.0),
-    )
 
 
 def run_case(dataset: Dataset, case: Case, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
