@@ -147,7 +147,8 @@ def _choose_widen(source: Any, line: Any, bits: Any) -> Any:
             bits[i] = np.uint32(source[i]) << np.uint32(16)
 
     def from_single(source: Any, line: Any, bits: Any) -> None:
-        line[:] = source
+        for i in range(source.size):  # `line[:] = source` takes longer
+            line[i] = source[i]
 
     return from_half if source.dtype == types.uint16 else from_single
 
@@ -160,7 +161,8 @@ def _choose_narrow(line: Any, bits: Any, target: Any) -> Any:
             target[i] = np.uint16(np.uint32(bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
     def to_single(line: Any, bits: Any, target: Any) -> None:
-        target[:] = line
+        for i in range(target.size):
+            target[i] = line[i]
 
     return to_half if target.dtype == types.uint16 else to_single
 
@@ -202,26 +204,13 @@ def _take(values: Any, places: Any, target: Any) -> None:
         target[i] = values[places[i]]
 
 
-def _take_one_each(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
-    """Float32 of the first voxel of each window of a row; ``bits`` are those of ``line``."""
-
-
-@overload(_take_one_each)
-def _choose_take_one_each(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> Any:
-    # Voxel by voxel: gathering them by a list of places takes longer.
-    def from_half(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
-        for x in range(line.size // n_channels):
-            voxel, target = row[x * kx * n_channels :][:n_channels], bits[x * n_channels :][:n_channels]
-            for c in range(n_channels):
-                target[c] = np.uint32(voxel[c]) << np.uint32(16)
-
-    def from_single(row: Any, n_channels: int, kx: int, line: Any, bits: Any) -> None:
-        for x in range(line.size // n_channels):
-            voxel, target = row[x * kx * n_channels :][:n_channels], line[x * n_channels :][:n_channels]
-            for c in range(n_channels):
-                target[c] = voxel[c]
-
-    return from_half if row.dtype == types.uint16 else from_single
+@_fast
+def _take_one_each(row: Any, n_channels: int, kx: int, line: Any) -> None:
+    """Float32 of the first voxel of each window of a row."""
+    bits = line.view(np.uint32)
+    for i in range(0, line.size, n_channels):  # voxel by voxel: gathering them by a list of places takes longer
+        here = slice(i, i + n_channels)
+        _widen(row[i * kx : i * kx + n_channels], line[here], bits[here])
 
 
 # Each number is read once, into a variable of its own, and one loop writes two arrays at most: else the compiler does
@@ -306,7 +295,7 @@ def _pool(
             for r in range(kz * ky):
                 row = rows[b, z * kz + r // ky, y * ky + r % ky]
                 for dx in range(kx):
-                    _take_one_each(row[dx * n_channels :], n_channels, kx, voxels, voxels.view(np.uint32))
+                    _take_one_each(row[dx * n_channels :], n_channels, kx, voxels)
                     _keep_largest(voxels, np.int32(r * kx + dx), top, of_top)
                     _keep_smallest(voxels, np.int32(r * kx + dx), low, of_low)
             _activate(top, scales, offsets, kind, normalised, value_of_top)

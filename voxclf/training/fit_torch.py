@@ -38,13 +38,7 @@ from voxclf.training.pretrain import load_pretrained
 from voxclf.training.scored_windows import ScoredWindow, list_scored_windows, scored_batches
 from voxclf.training.volume_memory import remember
 from voxclf.training.window_plan import WindowPlan, choose_windows, plan_windows
-from voxclf.training.windows import (
-    LabelIndex,
-    WindowBatch,
-    WindowReader,
-    WindowSampler,
-    loss_weights,
-)
+from voxclf.training.windows import LabelIndex, WindowBatch, WindowReader, WindowSampler, loss_weights
 from voxclf.volume import Volume
 
 IMAGE_MEMORY = 2**30
